@@ -1,0 +1,401 @@
+"""The one typed configuration tree of a run, and its loader: YAML file + dotted overrides -> `Config`."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from detox_ray.errors import ConfigError
+
+LAB_PREFIX = "lab:"
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Where prompts come from and which of them are used."""
+
+    source: str = Field(
+        "lab:prompts", description="JSONL, CSV, Parquet or text file, a `datasets` hub id, or lab:prompts"
+    )
+    split: str = Field("train", description="split, when the source is a hub id")
+    text_column: str = Field("prompt", description="column with the text; RealToxicityPrompts' nested form is understood")
+    attribute: str = Field("toxicity", description="score the window below looks at (RealToxicityPrompts attribute or column)")
+    min_score: float | None = Field(None, ge=0, le=1, description="keep prompts with attribute >= this")
+    max_score: float | None = Field(None, ge=0, le=1, description="keep prompts with attribute <= this")
+    min_tokens: int = Field(1, ge=1, description="prompts shorter than this many tokens are dropped")
+    max_tokens: int = Field(64, ge=1, description="longest prompt, in tokens, start token not counted")
+    too_long: Literal["trim", "drop"] = Field("trim", description="cut longer prompts to max_tokens from the start, or drop them")
+    limit: int | None = Field(None, ge=1, description="use at most this many prompts (after the filters, seeded choice)")
+    heldout_prompts: int = Field(200, ge=1, description="prompts kept out of training for the evaluation, chosen by text")
+
+    @model_validator(mode="after")
+    def _windows_are_not_empty(self) -> "DataConfig":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"data.min_tokens={self.min_tokens} is above data.max_tokens={self.max_tokens}")
+        if self.min_score is not None and self.max_score is not None and self.min_score > self.max_score:
+            raise ValueError(f"data.min_score={self.min_score} is above data.max_score={self.max_score}")
+        return self
+
+
+class LoraConfig(Section):
+    """The trained adapter (Hu et al. 2021)."""
+
+    rank: int = Field(16, ge=1, le=512, description="rank r of the update")
+    alpha: float = Field(32.0, gt=0, description="scale: the update is multiplied by alpha / rank")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapter input; 0 keeps PPO ratios exact, and RL needs no other"
+    )
+    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="module names, or all-linear")
+
+
+class PolicyConfig(Section):
+    """The language model that is trained."""
+
+    model: str = Field("lab:policy", description="folder or hub id of a causal language model, or lab:policy")
+    revision: str | None = Field(None, description="commit or tag, when the model is a hub id")
+    quantization: Literal["none", "int8", "nf4"] = Field("nf4", description="format of the frozen base in the learner")
+    double_quantization: bool = Field(True, description="quantise the NF4 scales as well (Dettmers et al. 2023)")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")
+    lora: LoraConfig = LoraConfig()
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class RolloutConfig(Section):
+    """Who samples responses, how, and how new adapters reach them."""
+
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto: vllm where it serves the architecture")
+    sync: Literal["auto", "adapter", "merged"] = Field("auto", description="a LoRA slot, or merged into the pristine base")
+    base: Literal["dequantized", "original", "bitsandbytes"] = Field(
+        "dequantized", description="weights of the engine's base; dequantized computes what a quantised learner computes"
+    )
+    workers: int = Field(1, ge=1, description="rollout actors")
+    num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one worker")
+    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one worker")
+    samples_per_prompt: int = Field(1, ge=1, description="responses to each prompt of a batch")
+    max_new_tokens: int = Field(20, ge=1, description="longest response, in tokens")
+    temperature: float = Field(1.0, gt=0, le=10, description="sampling temperature; the learner's log-probs use the same")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the ratio of behaviour and learner is approximate")
+    top_k: int = Field(0, ge=0, description="0: off; above 0 the ratio of behaviour and learner is approximate")
+    fixed_length: bool = Field(False, description="mask the end token, every response has max_new_tokens tokens")
+    max_staleness: int = Field(0, ge=0, le=8, description="0: strictly on-policy; n: a batch may be n adapters old")
+    max_logprob_gap: float = Field(
+        0.05, gt=0, description="stop when engine and learner differ by more than this, mean |log p|, in nats a token"
+    )
+    canary_tolerance: float | None = Field(
+        None, gt=0, description="largest |log p| difference after a push; default 1e-3 in float32, 0.5 otherwise"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="sequences an engine advances together")
+    kv_cache_mib: int = Field(256, ge=16, description="memory of the vLLM engine's key-value cache, MiB")
+    timeout_s: float = Field(600.0, gt=0, description="a worker that does not answer for this long is replaced")
+
+
+class Calibration(Section):
+    """score -> (score - mean) / std, so that members of an ensemble have one scale."""
+
+    mean: float = 0.0
+    std: float = Field(1.0, gt=0)
+
+
+class ClassifierConfig(Section):
+    """A toxicity classifier. Its score is signed so that less toxic is higher, whatever `label` means."""
+
+    name: Annotated[str, AfterValidator(lambda v: v.strip())] = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    kind: Literal["transformers", "linear"] = Field(description="a sequence classifier, or texts -> probabilities on the CPU")
+    model: str = Field(
+        description="transformers: folder or hub id; linear: `package.module:function`, or a folder the lab made"
+    )
+    revision: str | None = None
+    label: str | int = Field("toxic", description="label to read, by name or index (linear models have one: leave it)")
+    label_means: Literal["toxic", "nontoxic"] = Field("toxic", description="what a high value of that label says")
+    output: Literal["logit", "logprob", "probability"] = Field("logit", description="form of the value that is read")
+    calibration: Calibration | Literal["fit", "none"] = Field(
+        "fit", description="numbers; fit: on the untrained policy's responses when the run starts; none"
+    )
+    weight: float = Field(1.0, gt=0, description="weight when reward.aggregation is weighted")
+    max_length: int = Field(256, ge=8, description="longest text, in the classifier's tokens; longer ones are cut")
+    batch_size: int = Field(32, ge=1, description="texts in a forward pass")
+    replicas: int = Field(1, ge=1, description="Serve replicas")
+    num_cpus: float = Field(0.1, ge=0, description="Ray CPUs of a replica")
+    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of a replica")
+
+
+class ShapingConfig(Section):
+    """Terms added to the ensemble's reward; each is logged apart. They close the cheap ways to be harmless."""
+
+    min_tokens: int = Field(0, ge=0, description="responses below this length are penalised in proportion to what is missing")
+    short_penalty: float = Field(0.0, ge=0, description="penalty of an empty response when min_tokens > 0")
+    repetition_penalty: float = Field(0.0, ge=0, description="penalty times the share of repeated bigrams in a response")
+    unfinished_penalty: float = Field(0.0, ge=0, description="penalty of a response cut off at max_new_tokens")
+
+
+class RewardConfig(Section):
+    """The ensemble of classifiers that is the reward."""
+
+    classifiers: list[ClassifierConfig] = Field(min_length=1)
+    aggregation: Literal["mean", "min", "weighted", "mean_minus_std"] = "mean"
+    std_coefficient: float = Field(0.5, ge=0, description="lambda of mean - lambda * std (mean_minus_std)")
+    text: Literal["response", "prompt_and_response"] = Field("response", description="what the classifiers read")
+    shaping: ShapingConfig = ShapingConfig()
+    calibration_prompts: int = Field(256, ge=2, description="training prompts answered to fit `calibration: fit` members")
+    retries: int = Field(2, ge=0, description="attempts after a failed call; then the run stops")
+    timeout_s: float = Field(120.0, gt=0, description="longest a scoring call may take")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "RewardConfig":
+        names = [c.name for c in self.classifiers]
+        if repeated := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"reward.classifiers: name {min(repeated)!r} is used twice; give each classifier its own")
+        return self
+
+
+class KLConfig(Section):
+    """The pull towards the reference policy, per token, in the reward."""
+
+    coefficient: float = Field(0.05, ge=0, description="beta; with adaptive, where it starts")
+    adaptive: bool = Field(False, description="move beta to hold the KL of a response at target (Ziegler et al. 2019)")
+    target: float = Field(6.0, gt=0, description="nats a response, when adaptive")
+    horizon: int = Field(10_000, ge=1, description="responses over which beta adapts, when adaptive")
+
+
+class PPOConfig(Section):
+    """Proximal policy optimisation (Schulman et al. 2017)."""
+
+    batch_size: int = Field(128, ge=2, description="responses a step, over all learner workers")
+    epochs: int = Field(2, ge=1, description="passes over a batch")
+    minibatches: int = Field(2, ge=1, description="optimiser steps a pass")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes an optimiser step is summed over")
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="of the adapter")
+    value_learning_rate: float = Field(1e-3, gt=0, le=1, description="of the value head, which starts from zero")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rates rise from 0")
+    schedule: Literal["constant", "linear"] = Field("constant", description="linear: rates fall to 0 at total_steps")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    estimator: Literal["gae", "rloo", "grpo"] = Field("gae", description="of the advantage; only gae trains the value head")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+    clip_range: float = Field(0.2, gt=0, lt=1, description="epsilon of the policy ratio")
+    value_clip_range: float = Field(0.2, gt=0, description="epsilon of the value function")
+    value_coefficient: float = Field(0.1, ge=0, description="weight of the value loss")
+    entropy_coefficient: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    target_kl: float | None = Field(None, gt=0, description="stop a step's updates once approx_kl exceeds this")
+    importance_cap: float = Field(2.0, ge=1, description="cap of the proximal / behaviour importance weight")
+    kl: KLConfig = KLConfig()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "PPOConfig":
+        parts = self.minibatches * self.gradient_accumulation
+        if self.batch_size % parts:
+            raise ValueError(
+                f"ppo.batch_size={self.batch_size} is not a multiple of minibatches * gradient_accumulation = {parts}"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """How long the learner runs, on what, and how often it saves."""
+
+    total_steps: int = Field(40, ge=1)
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
+    workers: int = Field(1, ge=1, description="learner processes (data parallel)")
+    num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one learner")
+    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one learner")
+    threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
+    max_failures: int = Field(3, ge=0, description="learner crashes survived within one command")
+
+
+class EvaluationConfig(Section):
+    """How the run is judged, before and after."""
+
+    judge: ClassifierConfig = ClassifierConfig(
+        name="alt-profanity-check",
+        kind="linear",
+        model="profanity_check:predict_prob",
+        output="probability",
+        calibration="none",
+    )
+    prompts: int = Field(200, ge=1, description="held-out prompts answered (at most data.heldout_prompts)")
+    samples_per_prompt: int = Field(4, ge=1)
+    bootstrap_resamples: int = Field(2000, ge=100, description="resamples of the prompts for the 95% intervals")
+
+
+class RayConfig(Section):
+    """Which Ray."""
+
+    address: str | None = Field(None, description="of a running cluster; none: a local Ray for this run alone")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; none: those of the machine")
+
+
+class Config(Section):
+    """A run."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run and of its folder")
+    output_dir: str = Field("runs", description="folder of run folders")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    data: DataConfig = DataConfig()
+    policy: PolicyConfig = PolicyConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig
+    ppo: PPOConfig = PPOConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """`output_dir/name`, absolute."""
+        return (Path(self.output_dir) / self.name).resolve()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        judge = self.evaluation.judge
+        for classifier in self.reward.classifiers:
+            if _model_identity(classifier.model) == _model_identity(judge.model):
+                raise ValueError(
+                    f"evaluation.judge: {judge.model!r} is also in the reward (reward.classifiers, {classifier.name!r}); "
+                    "a judge that was trained against says nothing: name another judge"
+                )
+        if self.evaluation.prompts > self.data.heldout_prompts:
+            raise ValueError(
+                f"evaluation.prompts={self.evaluation.prompts} is above data.heldout_prompts={self.data.heldout_prompts}"
+            )
+        if self.ppo.batch_size % self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"ppo.batch_size={self.ppo.batch_size} is not a multiple of "
+                f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}"
+            )
+        share = self.train.workers * self.ppo.minibatches * self.ppo.gradient_accumulation
+        if self.ppo.batch_size % share:
+            raise ValueError(
+                f"ppo.batch_size={self.ppo.batch_size} is not a multiple of train.workers * ppo.minibatches * "
+                f"ppo.gradient_accumulation = {share}"
+            )
+        if self.ppo.estimator != "gae" and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"ppo.estimator={self.ppo.estimator} compares responses to one prompt: set rollout.samples_per_prompt >= 2"
+            )
+        if self.ppo.estimator != "gae" and self.train.workers > 1:
+            group = self.ppo.batch_size // self.rollout.samples_per_prompt
+            if group % self.train.workers:
+                raise ValueError(
+                    f"{group} prompts a step do not divide among train.workers={self.train.workers}, and "
+                    f"ppo.estimator={self.ppo.estimator} needs a prompt's responses on one learner"
+                )
+        if self.rollout.base == "bitsandbytes" and (self.rollout.num_gpus == 0 or self.policy.quantization == "none"):
+            raise ValueError("rollout.base=bitsandbytes needs rollout.num_gpus > 0 and a quantised policy; use dequantized")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration in a YAML file with dotted overrides (`ppo.learning_rate=1e-4`) applied; values are YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}; give the path of a YAML file, such as configs/laptop.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} holds no settings: expected `key: value` lines, such as `name: run`")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """The configuration in a plain tree of dicts, lists and values.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors()[:3])) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML; `load_config` reads it back to an equal `Config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _model_identity(model: str) -> str:
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, such as ppo.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, dict):
+            node = node.setdefault(parent, {})
+        elif isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+        else:
+            raise ConfigError(f"override {override!r}: {parent!r} does not name a part of the configuration")
+    try:
+        value = yaml.safe_load(text)
+        # YAML 1.1 reads 1e-4 as text.
+        if isinstance(value, str) and (number := _as_float(value)) is not None:
+            value = number
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    if isinstance(node, dict):
+        node[last] = value
+    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    else:
+        raise ConfigError(f"override {override!r}: {last!r} does not name a part of the configuration")
+
+
+def _as_float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `key = value: what is wrong`, with the nearest valid key for an unknown one."""
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(error["loc"][:-1])
+        nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.55)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(known)}"
+        return f"unknown key {location!r}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{location} is missing: {message}"
+    if not location or error["type"] == "value_error":
+        return message
+    return f"{location} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    """The valid keys of the section a location leads to."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for a in get_args(annotation) if (s := _section_of(a))), None)

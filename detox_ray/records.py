@@ -1,0 +1,68 @@
+"""What flows between the rooms: frozen records, NumPy arrays in transit."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue.
+
+    `id` is a content digest of the text, so the same text has the same id in every run; `token_ids` is the exact
+    token sequence the policy continues (start token included), at most `data.max_tokens` long.
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response and the log-probabilities it was sampled with.
+
+    `prompt_ids: [P] int64`, `response_ids: [R] int64` (the end token included when it was sampled), `logprobs: [R] float32`
+    in nats under the adapter `adapter_version`; `text` is the decoded response without special tokens;
+    `finish_reason` is "stop" (end token) or "length".
+    """
+
+    prompt_id: str
+    prompt_text: str
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    logprobs: np.ndarray
+    text: str
+    finish_reason: str
+    adapter_version: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the reward ensemble says of one response; higher is less toxic.
+
+    `reward` is the aggregate of the calibrated members, `per_classifier` holds each member's calibrated score and
+    `disagreement` is their standard deviation (0 for a single member).
+    """
+
+    reward: float
+    per_classifier: dict[str, float]
+    disagreement: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    `temperature > 0`; `top_p` in (0, 1]; `top_k` 0 means off; with `fixed_length` the end token is masked, so that
+    every response has exactly `max_new_tokens` tokens.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    fixed_length: bool = False
+    seed: int = 0
