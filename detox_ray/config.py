@@ -60,6 +60,8 @@ class PolicyConfig(Section):
 
     model: str = Field("lab:policy", description="folder or hub id of a causal language model, or lab:policy")
     revision: str | None = Field(None, description="commit or tag, when the model is a hub id")
+    adapter: str | None = Field(None, description="folder of a PEFT LoRA adapter to start from; its shape must match lora")
+    pad_token: str | None = Field(None, description="token to pad with, for a tokenizer that has none")
     quantization: Literal["none", "int8", "nf4"] = Field("nf4", description="format of the frozen base in the learner")
     double_quantization: bool = Field(True, description="quantise the NF4 scales as well (Dettmers et al. 2023)")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")

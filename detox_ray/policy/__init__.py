@@ -1,0 +1,1 @@
+"""The language model that is trained: loading, quantisation, adapter; policy, reference and value in one module."""

@@ -1,0 +1,102 @@
+"""The LoRA adapter as a value: PEFT's format on disk, a content digest, and a version that never goes back."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.numpy import load_file, save_file
+
+from detox_ray.errors import ModelError
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA weights under PEFT's names (`base_model.model.….lora_A.weight`: [r, in] float32), ready to travel.
+
+    `digest` is the SHA-256 of configuration and tensors; `version` counts the pushes of a run.
+    """
+
+    version: int
+    digest: str
+    peft_config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+def content_digest(peft_config: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 over the configuration and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(peft_config, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def read_weights(model: PeftModel, version: int) -> Adapter:
+    """The active adapter of a PEFT model, copied to the CPU."""
+    state = get_peft_model_state_dict(model)
+    tensors = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in state.items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in model.peft_config[model.active_adapter].to_dict().items()
+    }
+    config["inference_mode"] = True
+    config = json.loads(json.dumps(config, default=str))
+    return Adapter(version, content_digest(config, tensors), config, tensors)
+
+
+def write_weights(model: PeftModel, adapter: Adapter) -> None:
+    """Load an adapter's tensors into a PEFT model of the same shape.
+
+    Raises:
+        ModelError: a tensor is missing, left over, or of another shape: the adapter belongs to another base.
+    """
+    state = get_peft_model_state_dict(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
+    if expected != found:
+        name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise ModelError(
+            f"adapter does not fit the base model: {name} is {found.get(name, 'absent')} in the adapter and "
+            f"{expected.get(name, 'absent')} here; use the base, lora.rank and lora.targets it was trained with"
+        )
+    set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(t)) for name, t in adapter.tensors.items()})
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write the adapter where plain `PeftModel.from_pretrained(base, folder)` finds it; replaces the folder whole."""
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file({n: np.ascontiguousarray(t) for n, t in adapter.tensors.items()}, scratch / TENSOR_FILE)
+    (scratch / CONFIG_FILE).write_text(json.dumps(adapter.peft_config, indent=2, sort_keys=True), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(scratch, folder)
+
+
+def load_adapter(folder: str | Path, version: int = 0) -> Adapter:
+    """Read an adapter in PEFT's format.
+
+    Raises:
+        ModelError: a file is missing or broken.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSOR_FILE)
+    except Exception as error:
+        raise ModelError(
+            f"adapter {folder}: cannot be read ({' '.join(str(error).split())[:120]}); "
+            f"expected {CONFIG_FILE} and {TENSOR_FILE}"
+        ) from None
+    return Adapter(version, content_digest(config, tensors), config, tensors)

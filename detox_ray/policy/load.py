@@ -1,0 +1,142 @@
+"""Load a base model and its tokenizer, quantised or not, and write the dequantised twin that engines serve."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from detox_ray.config import PolicyConfig
+from detox_ray.errors import ModelError
+
+
+def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, with a pad token.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no pad token and `policy.pad_token` names none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_load("tokenizer", config.model, error)) from None
+    if config.pad_token is not None:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ModelError(f"policy.pad_token={config.pad_token!r} is not a token of {config.model}; name one that is")
+        tokenizer.pad_token = config.pad_token
+    if tokenizer.pad_token_id is None:
+        usual = tokenizer.eos_token or tokenizer.unk_token or "<pad>"
+        raise ModelError(f"tokenizer of {config.model} has no pad token; set one, such as policy.pad_token={usual!r}")
+    return tokenizer
+
+
+def load_model_config(config: PolicyConfig) -> Any:
+    """The model's `transformers` configuration with every dropout at 0, so that a PPO ratio compares equal functions.
+
+    Raises:
+        ModelError: it cannot be loaded, or the model is no decoder-only language model.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_load("model", config.model, error)) from None
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"policy.model={config.model} is an encoder-decoder ({model_config.model_type}); use a causal language model"
+        )
+    for key, value in vars(model_config).items():
+        if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+            setattr(model_config, key, 0.0)
+    return model_config
+
+
+def end_token_ids(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a response: the tokenizer's end token and those of the model's generation configuration."""
+    try:
+        ends = GenerationConfig.from_pretrained(config.model, revision=config.revision).eos_token_id
+    except OSError:
+        ends = None
+    listed = ends if isinstance(ends, list) else [ends]
+    return tuple(sorted({end for end in [*listed, tokenizer.eos_token_id] if end is not None}))
+
+
+def compute_dtype(config: PolicyConfig, device: torch.device) -> torch.dtype:
+    """`policy.compute_dtype`, with auto resolved for the device."""
+    if config.compute_dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, config.compute_dtype)
+
+
+def load_base(config: PolicyConfig, device: torch.device) -> PreTrainedModel:
+    """The frozen base on `device`, quantised as configured.
+
+    Raises:
+        ModelError: it cannot be loaded, or has weights in no safetensors file.
+    """
+    dtype = compute_dtype(config, device)
+    quantization = None
+    if config.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif config.quantization == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            config=load_model_config(config),
+            revision=config.revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_load("model", config.model, error)) from None
+    _keep_gradients_right_on_cpu(model)
+    return model.requires_grad_(False)
+
+
+def _keep_gradients_right_on_cpu(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in a scoring pass on AVX512-BF16 CPUs.
+
+    The repacked weights give a right loss and wrong gradients ever after (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def write_dequantized_base(config: PolicyConfig, folder: Path) -> Path:
+    """Write the quantised base, dequantised once, as a plain checkpoint; an engine on it computes what the learner does.
+
+    Does nothing when `folder` is there already; a killed write leaves nothing that looks complete.
+    """
+    if folder.exists():
+        return folder
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load_base(config, device)
+    model = model.dequantize().to(compute_dtype(config, device))
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    load_tokenizer(config).save_pretrained(scratch)
+    os.replace(scratch, folder)
+    return folder
+
+
+def _cannot_load(what: str, model: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    if not Path(model).exists() and (model.startswith(("/", ".", "~")) or model.count("/") != 1):
+        return f"policy.model={model}: no such folder; give a folder in Hugging Face format or a hub id"
+    return f"policy.model={model}: its {what} cannot be loaded: {reason}"

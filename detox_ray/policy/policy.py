@@ -1,0 +1,146 @@
+"""Policy, reference and value function in one module, on one frozen base."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from detox_ray.config import PolicyConfig
+from detox_ray.errors import ModelError
+from detox_ray.policy.adapter import Adapter, load_adapter, read_weights, write_weights
+from detox_ray.policy.load import load_base
+from detox_ray.policy.sequences import Sequences
+from detox_ray.policy.tokens import token_logprobs
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """What the module says of the response tokens, all [B, R] float32, zero where there is no token."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+
+
+class Policy(nn.Module):
+    """Policy = base + adapter; reference = the same base with the adapter off; value = a linear head on the policy's trunk.
+
+    Trainable parameters are the adapter's and the value head's, in float32.
+    """
+
+    def __init__(self, config: PolicyConfig, device: torch.device, seed: int = 0) -> None:
+        """Load the base and attach a fresh adapter (or `policy.adapter`) and a value head of zeros.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the adapter or its targets do not fit it.
+        """
+        super().__init__()
+        base = load_base(config, device)
+        if config.gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.enable_input_require_grads()
+        torch.manual_seed(seed)
+        lora = PeftLoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.targets,
+            base_model_name_or_path=config.model,
+        )
+        try:
+            self.model = get_peft_model(base, lora)
+        except ValueError as error:
+            raise ModelError(f"policy.lora.targets={config.lora.targets}: {' '.join(str(error).split())[:200]}") from None
+        hidden_size = base.get_output_embeddings().weight.shape[-1]
+        self.value_head = nn.Linear(hidden_size, 1, device=device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        if config.adapter is not None:
+            write_weights(self.model, load_adapter(config.adapter))
+        self.train()
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The transformer below the language-model head."""
+        causal = self.model.get_base_model()
+        return getattr(causal, causal.base_model_prefix)
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Hidden states [N, H] -> logits [N, V]."""
+        return self.model.get_base_model().get_output_embeddings()
+
+    def forward(
+        self,
+        sequences: Sequences,
+        temperature: float = 1.0,
+        suppressed: Tensor | None = None,
+        entropy: Literal["none", "value", "gradient"] = "none",
+        reference: bool = False,
+    ) -> TokenValues:
+        """Log-probability, value and entropy at every response token.
+
+        Args:
+            sequences: B sequences with responses of at most R tokens.
+            temperature: of the distribution, as in sampling.
+            suppressed: [S] int64, tokens that were not allowed in sampling.
+            entropy: see `token_logprobs`.
+            reference: switch the adapter off (the values are then the reference trunk's, of no use).
+        """
+        with self.model.disable_adapter() if reference else nullcontext():
+            hidden = self.trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+            mask = sequences.response_mask()
+            rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
+            predictors = hidden[rows, sequences.predictor_positions()][mask]
+            flat_logprobs, flat_entropy = token_logprobs(
+                predictors, self.head, sequences.response_ids()[mask], temperature, suppressed, entropy
+            )
+            flat_values = self.value_head(predictors.float())[:, 0]
+        return TokenValues(*(_unflatten(flat, mask) for flat in (flat_logprobs, flat_values, flat_entropy)))
+
+    @torch.no_grad()
+    def next_token_logprobs(self, prefixes: list[list[int]]) -> Tensor:
+        """[K, V] float32 on the CPU: the log-probabilities after each prefix, one by one and so without padding."""
+        device = self.value_head.weight.device
+        rows = []
+        for prefix in prefixes:
+            hidden = self.trunk(input_ids=torch.tensor([prefix], device=device), use_cache=False).last_hidden_state
+            rows.append(self.head(hidden[0, -1:]).float().log_softmax(dim=1)[0].cpu())
+        return torch.stack(rows)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The adapter's and the value head's parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def adapter(self, version: int) -> Adapter:
+        """A copy of the adapter, to save or to send."""
+        return read_weights(self.model, version)
+
+    def load(self, adapter: Adapter) -> None:
+        """Replace the adapter's weights.
+
+        Raises:
+            ModelError: it was made for another base.
+        """
+        write_weights(self.model, adapter)
+
+
+def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
+    """[N] -> [B, R] with the N values where `mask` is true and zeros elsewhere; differentiable."""
+    return flat.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, flat.float())
+
+
+def canary_prefixes(vocabulary_size: int, max_length: int, seed: int = 0) -> list[list[int]]:
+    """Fixed sequences that a push is checked on: one short, one that spans a key-value cache block of 128 tokens.
+
+    Seeded random tokens; at most `max_length` long each.
+    """
+    generator: Any = torch.Generator().manual_seed(seed)
+    lengths = [min(length, max_length) for length in (16, 150)]
+    return [torch.randint(0, vocabulary_size, (n,), generator=generator).tolist() for n in lengths]

@@ -1,0 +1,133 @@
+"""Rollout engine on vLLM, in process. Import this module only where vLLM is meant to run."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# vLLM reads these when it is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+from detox_ray.policy.adapter import Adapter, save_adapter
+from detox_ray.records import Prompt, Rollout, Sampling
+from detox_ray.rollout.engine import CANARY_TOP, EngineSpec
+from detox_ray.rollout.merge import load_pristine_weights, merged_weights
+
+
+class VllmEngine:
+    """vLLM's `LLM` with exact adapter pushes.
+
+    `adapter`: every version is a LoRA of its own name, id and path, so no cached block is ever taken for another version's.
+    `merged`: the weights are reloaded from the pristine ones plus the adapter and the prefix cache is emptied.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.version = -1
+        self._spec = spec
+        self._lora: LoRARequest | None = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="detox_ray-adapters-")
+        self._pristine = load_pristine_weights(spec.model, spec.revision) if spec.sync == "merged" else {}
+        options: dict[str, Any] = {}
+        if spec.sync == "adapter":
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_bucket(spec.lora_rank)}
+        if spec.bitsandbytes:
+            options["quantization"] = "bitsandbytes"
+        self._llm = LLM(
+            model=spec.model,
+            revision=spec.revision,
+            dtype=spec.dtype,
+            max_model_len=spec.max_length,
+            max_num_seqs=spec.max_num_seqs,
+            kv_cache_memory_bytes=spec.kv_cache_mib * 2**20,
+            enforce_eager=not torch.cuda.is_available(),
+            disable_log_stats=True,
+            trust_remote_code=False,
+            logprobs_mode="processed_logprobs",
+            **options,
+        )
+        self._tokenizer = self._llm.get_tokenizer()
+
+    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        # The engine samples from this process's generator: the same call on the same engine gives the same responses.
+        torch.manual_seed(sampling.seed)
+        params = SamplingParams(
+            n=samples,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            min_tokens=sampling.max_new_tokens if sampling.fixed_length else 0,
+            stop_token_ids=list(self._spec.end_ids),
+            logprobs=0,
+            detokenize=False,
+        )
+        outputs = self._run([p.token_ids for p in prompts], params)
+        texts = self._tokenizer.batch_decode(
+            [c.token_ids for o in outputs for c in o.outputs], skip_special_tokens=True
+        )
+        rollouts = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            for completion in output.outputs:
+                ids = np.asarray(completion.token_ids, dtype=np.int64)
+                logprobs = [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)]
+                rollouts.append(
+                    Rollout(
+                        prompt_id=prompt.id,
+                        prompt_text=prompt.text,
+                        prompt_ids=np.asarray(prompt.token_ids, dtype=np.int64),
+                        response_ids=ids,
+                        logprobs=np.asarray(logprobs, dtype=np.float32),
+                        text=texts[len(rollouts)],
+                        finish_reason=completion.finish_reason,
+                        adapter_version=self.version,
+                    )
+                )
+        return rollouts
+
+    def apply(self, adapter: Adapter) -> None:
+        """See `RolloutEngine.apply`."""
+        if self._spec.sync == "merged":
+            weights = list(merged_weights(self._pristine, adapter))
+            self._llm.collective_rpc(_reload_weights, args=(weights,))
+            self._llm.reset_prefix_cache()
+        else:
+            folder = Path(self._scratch.name) / f"v{adapter.version}"
+            save_adapter(adapter, folder)
+            request = LoRARequest(f"v{adapter.version}", adapter.version + 1, str(folder))
+            self._llm.llm_engine.add_lora(request)
+            if self._lora is not None:
+                self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
+            self._lora = request
+        self.version = adapter.version
+
+    def next_token_logprobs(self, prefixes: Sequence[Sequence[int]]) -> list[dict[int, float]]:
+        """See `RolloutEngine.next_token_logprobs`."""
+        params = SamplingParams(temperature=1.0, max_tokens=1, logprobs=CANARY_TOP, detokenize=False)
+        outputs = self._run(prefixes, params)
+        return [{token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()} for o in outputs]
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
+        requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+
+
+def _reload_weights(worker: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
+    worker.model_runner.reload_weights(weights_iterator=iter(weights))
+
+
+def _lora_rank_bucket(rank: int) -> int:
+    """The smallest rank of those vLLM has kernels for that holds `rank`."""
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
