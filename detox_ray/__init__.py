@@ -1,0 +1,42 @@
+"""Make a language model less toxic by reinforcement learning from automatic feedback on Ray, and prove it."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from detox_ray.config import Config, load_config
+from detox_ray.errors import ConfigError, DataError, DetoxError, ModelError, RewardError, SyncError
+
+# Ray and the tokenizers read these when they are imported.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+if TYPE_CHECKING:
+    from detox_ray.loop import evaluate, score, train
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataError",
+    "DetoxError",
+    "ModelError",
+    "RewardError",
+    "SyncError",
+    "evaluate",
+    "load_config",
+    "score",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`train`, `evaluate` and `score`, imported on first use: they bring torch and Ray."""
+    if name in {"train", "evaluate", "score"}:
+        from detox_ray import loop
+
+        return getattr(loop, name)
+    raise AttributeError(f"module 'detox_ray' has no attribute {name!r}")

@@ -25,15 +25,25 @@ class DataConfig(Section):
         "lab:prompts", description="JSONL, CSV, Parquet or text file, a `datasets` hub id, or lab:prompts"
     )
     split: str = Field("train", description="split, when the source is a hub id")
-    text_column: str = Field("prompt", description="column with the text; RealToxicityPrompts' nested form is understood")
-    attribute: str = Field("toxicity", description="score the window below looks at (RealToxicityPrompts attribute or column)")
+    text_column: str = Field(
+        "prompt", description="column with the text; RealToxicityPrompts' nested form is understood"
+    )
+    attribute: str = Field(
+        "toxicity", description="score the window below looks at (RealToxicityPrompts attribute or column)"
+    )
     min_score: float | None = Field(None, ge=0, le=1, description="keep prompts with attribute >= this")
     max_score: float | None = Field(None, ge=0, le=1, description="keep prompts with attribute <= this")
     min_tokens: int = Field(1, ge=1, description="prompts shorter than this many tokens are dropped")
     max_tokens: int = Field(64, ge=1, description="longest prompt, in tokens, start token not counted")
-    too_long: Literal["trim", "drop"] = Field("trim", description="cut longer prompts to max_tokens from the start, or drop them")
-    limit: int | None = Field(None, ge=1, description="use at most this many prompts (after the filters, seeded choice)")
-    heldout_prompts: int = Field(200, ge=1, description="prompts kept out of training for the evaluation, chosen by text")
+    too_long: Literal["trim", "drop"] = Field(
+        "trim", description="cut longer prompts to max_tokens from the start, or drop them"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="use at most this many prompts (after the filters, seeded choice)"
+    )
+    heldout_prompts: int = Field(
+        200, ge=1, description="prompts kept out of training for the evaluation, chosen by text"
+    )
 
     @model_validator(mode="after")
     def _windows_are_not_empty(self) -> "DataConfig":
@@ -60,11 +70,15 @@ class PolicyConfig(Section):
 
     model: str = Field("lab:policy", description="folder or hub id of a causal language model, or lab:policy")
     revision: str | None = Field(None, description="commit or tag, when the model is a hub id")
-    adapter: str | None = Field(None, description="folder of a PEFT LoRA adapter to start from; its shape must match lora")
+    adapter: str | None = Field(
+        None, description="folder of a PEFT LoRA adapter to start from; its shape must match lora"
+    )
     pad_token: str | None = Field(None, description="token to pad with, for a tokenizer that has none")
     quantization: Literal["none", "int8", "nf4"] = Field("nf4", description="format of the frozen base in the learner")
     double_quantization: bool = Field(True, description="quantise the NF4 scales as well (Dettmers et al. 2023)")
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on CPU, bfloat16 on GPU"
+    )
     lora: LoraConfig = LoraConfig()
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
@@ -72,18 +86,27 @@ class PolicyConfig(Section):
 class RolloutConfig(Section):
     """Who samples responses, how, and how new adapters reach them."""
 
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto: vllm where it serves the architecture")
-    sync: Literal["auto", "adapter", "merged"] = Field("auto", description="a LoRA slot, or merged into the pristine base")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="auto: vllm where it serves the architecture"
+    )
+    sync: Literal["auto", "adapter", "merged"] = Field(
+        "auto", description="a LoRA slot, or merged into the pristine base"
+    )
     base: Literal["dequantized", "original", "bitsandbytes"] = Field(
-        "dequantized", description="weights of the engine's base; dequantized computes what a quantised learner computes"
+        "dequantized",
+        description="weights of the engine's base; dequantized computes what a quantised learner computes",
     )
     workers: int = Field(1, ge=1, description="rollout actors")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one worker")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one worker")
     samples_per_prompt: int = Field(1, ge=1, description="responses to each prompt of a batch")
     max_new_tokens: int = Field(20, ge=1, description="longest response, in tokens")
-    temperature: float = Field(1.0, gt=0, le=10, description="sampling temperature; the learner's log-probs use the same")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the ratio of behaviour and learner is approximate")
+    temperature: float = Field(
+        1.0, gt=0, le=10, description="sampling temperature; the learner's log-probs use the same"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="nucleus; below 1 the ratio of behaviour and learner is approximate"
+    )
     top_k: int = Field(0, ge=0, description="0: off; above 0 the ratio of behaviour and learner is approximate")
     fixed_length: bool = Field(False, description="mask the end token, every response has max_new_tokens tokens")
     max_staleness: int = Field(0, ge=0, le=8, description="0: strictly on-policy; n: a batch may be n adapters old")
@@ -109,7 +132,9 @@ class ClassifierConfig(Section):
     """A toxicity classifier. Its score is signed so that less toxic is higher, whatever `label` means."""
 
     name: Annotated[str, AfterValidator(lambda v: v.strip())] = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
-    kind: Literal["transformers", "linear"] = Field(description="a sequence classifier, or texts -> probabilities on the CPU")
+    kind: Literal["transformers", "linear"] = Field(
+        description="a sequence classifier, or texts -> probabilities on the CPU"
+    )
     model: str = Field(
         description="transformers: folder or hub id; linear: `package.module:function`, or a folder the lab made"
     )
@@ -131,9 +156,13 @@ class ClassifierConfig(Section):
 class ShapingConfig(Section):
     """Terms added to the ensemble's reward; each is logged apart. They close the cheap ways to be harmless."""
 
-    min_tokens: int = Field(0, ge=0, description="responses below this length are penalised in proportion to what is missing")
+    min_tokens: int = Field(
+        0, ge=0, description="responses below this length are penalised in proportion to what is missing"
+    )
     short_penalty: float = Field(0.0, ge=0, description="penalty of an empty response when min_tokens > 0")
-    repetition_penalty: float = Field(0.0, ge=0, description="penalty times the share of repeated bigrams in a response")
+    repetition_penalty: float = Field(
+        0.0, ge=0, description="penalty times the share of repeated bigrams in a response"
+    )
     unfinished_penalty: float = Field(0.0, ge=0, description="penalty of a response cut off at max_new_tokens")
 
 
@@ -145,7 +174,9 @@ class RewardConfig(Section):
     std_coefficient: float = Field(0.5, ge=0, description="lambda of mean - lambda * std (mean_minus_std)")
     text: Literal["response", "prompt_and_response"] = Field("response", description="what the classifiers read")
     shaping: ShapingConfig = ShapingConfig()
-    calibration_prompts: int = Field(256, ge=2, description="training prompts answered to fit `calibration: fit` members")
+    calibration_prompts: int = Field(
+        256, ge=2, description="training prompts answered to fit `calibration: fit` members"
+    )
     retries: int = Field(2, ge=0, description="attempts after a failed call; then the run stops")
     timeout_s: float = Field(120.0, gt=0, description="longest a scoring call may take")
 
@@ -180,7 +211,9 @@ class PPOConfig(Section):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    estimator: Literal["gae", "rloo", "grpo"] = Field("gae", description="of the advantage; only gae trains the value head")
+    estimator: Literal["gae", "rloo", "grpo"] = Field(
+        "gae", description="of the advantage; only gae trains the value head"
+    )
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
     gae_lambda: float = Field(0.95, ge=0, le=1)
     whiten_advantages: bool = True
@@ -239,7 +272,9 @@ class RayConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run and of its folder")
+    name: str = Field(
+        "run", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run and of its folder"
+    )
     output_dir: str = Field("runs", description="folder of run folders")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     data: DataConfig = DataConfig()
@@ -256,18 +291,29 @@ class Config(Section):
         """`output_dir/name`, absolute."""
         return (Path(self.output_dir) / self.name).resolve()
 
+    def with_absolute_paths(self) -> "Config":
+        """The same with every model, adapter and prompt path that exists here made absolute, for other processes."""
+        tree = self.model_dump()
+        tree["data"]["source"] = _absolute(tree["data"]["source"])
+        for key in ("model", "adapter"):
+            tree["policy"][key] = _absolute(tree["policy"][key])
+        for classifier in [*tree["reward"]["classifiers"], tree["evaluation"]["judge"]]:
+            classifier["model"] = _absolute(classifier["model"])
+        return Config.model_validate(tree)
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
         judge = self.evaluation.judge
         for classifier in self.reward.classifiers:
-            if _model_identity(classifier.model) == _model_identity(judge.model):
+            if _absolute(classifier.model) == _absolute(judge.model):
                 raise ValueError(
-                    f"evaluation.judge: {judge.model!r} is also in the reward (reward.classifiers, {classifier.name!r}); "
+                    f"evaluation.judge: {judge.model!r} is also in the reward (classifier {classifier.name!r}); "
                     "a judge that was trained against says nothing: name another judge"
                 )
         if self.evaluation.prompts > self.data.heldout_prompts:
             raise ValueError(
-                f"evaluation.prompts={self.evaluation.prompts} is above data.heldout_prompts={self.data.heldout_prompts}"
+                f"evaluation.prompts={self.evaluation.prompts} is above "
+                f"data.heldout_prompts={self.data.heldout_prompts}"
             )
         if self.ppo.batch_size % self.rollout.samples_per_prompt:
             raise ValueError(
@@ -282,7 +328,7 @@ class Config(Section):
             )
         if self.ppo.estimator != "gae" and self.rollout.samples_per_prompt < 2:
             raise ValueError(
-                f"ppo.estimator={self.ppo.estimator} compares responses to one prompt: set rollout.samples_per_prompt >= 2"
+                f"ppo.estimator={self.ppo.estimator} compares responses to one prompt: set rollout.samples_per_prompt=2"
             )
         if self.ppo.estimator != "gae" and self.train.workers > 1:
             group = self.ppo.batch_size // self.rollout.samples_per_prompt
@@ -292,7 +338,9 @@ class Config(Section):
                     f"ppo.estimator={self.ppo.estimator} needs a prompt's responses on one learner"
                 )
         if self.rollout.base == "bitsandbytes" and (self.rollout.num_gpus == 0 or self.policy.quantization == "none"):
-            raise ValueError("rollout.base=bitsandbytes needs rollout.num_gpus > 0 and a quantised policy; use dequantized")
+            raise ValueError(
+                "rollout.base=bitsandbytes needs rollout.num_gpus > 0 and a quantised policy; use dequantized"
+            )
         return self
 
 
@@ -306,7 +354,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror}; give the path of a YAML file, such as configs/laptop.yaml") from None
+        raise ConfigError(
+            f"config {path}: {error.strerror}; give the path of a YAML file, such as configs/laptop.yaml"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -333,8 +383,11 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _model_identity(model: str) -> str:
-    return str(Path(model).resolve()) if Path(model).exists() else model
+def _absolute(path: str | None) -> Any:
+    """A path that exists, absolute; anything else (a hub id, an import path) as it is."""
+    if path is None or not Path(path).expanduser().exists():
+        return path
+    return str(Path(path).expanduser().resolve())
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -24,7 +24,7 @@ class Prompt:
 class Rollout:
     """One sampled response and the log-probabilities it was sampled with.
 
-    `prompt_ids: [P] int64`, `response_ids: [R] int64` (the end token included when it was sampled), `logprobs: [R] float32`
+    `prompt_ids: [P] int64`, `response_ids: [R] int64` (with the end token, if sampled), `logprobs: [R] float32`
     in nats under the adapter `adapter_version`; `text` is the decoded response without special tokens;
     `finish_reason` is "stop" (end token) or "length".
     """

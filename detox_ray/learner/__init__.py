@@ -1,0 +1,1 @@
+"""Proximal policy optimisation on the adapter: pure tensor functions, the update, and the Ray Train loop."""

@@ -26,7 +26,9 @@ def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
         raise ModelError(_cannot_load("tokenizer", config.model, error)) from None
     if config.pad_token is not None:
         if config.pad_token not in tokenizer.get_vocab():
-            raise ModelError(f"policy.pad_token={config.pad_token!r} is not a token of {config.model}; name one that is")
+            raise ModelError(
+                f"policy.pad_token={config.pad_token!r} is not a token of {config.model}; name one that is"
+            )
         tokenizer.pad_token = config.pad_token
     if tokenizer.pad_token_id is None:
         usual = tokenizer.eos_token or tokenizer.unk_token or "<pad>"
@@ -46,7 +48,7 @@ def load_model_config(config: PolicyConfig) -> Any:
         raise ModelError(_cannot_load("model", config.model, error)) from None
     if getattr(model_config, "is_encoder_decoder", False):
         raise ModelError(
-            f"policy.model={config.model} is an encoder-decoder ({model_config.model_type}); use a causal language model"
+            f"policy.model={config.model} is an encoder-decoder ({model_config.model_type}); use a causal one"
         )
     for key, value in vars(model_config).items():
         if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
@@ -116,7 +118,7 @@ def _keep_gradients_right_on_cpu(model: torch.nn.Module) -> None:
 
 
 def write_dequantized_base(config: PolicyConfig, folder: Path) -> Path:
-    """Write the quantised base, dequantised once, as a plain checkpoint; an engine on it computes what the learner does.
+    """Write the quantised base, dequantised once, as a plain checkpoint: an engine on it is the learner.
 
     Does nothing when `folder` is there already; a killed write leaves nothing that looks complete.
     """

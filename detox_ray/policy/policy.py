@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
@@ -17,6 +18,16 @@ from detox_ray.policy.load import load_base
 from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.tokens import token_logprobs
 
+CANARY_LENGTH = 150  # more than vLLM's largest block, so that a stale cached block shows
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Fixed prefixes and the policy's next-token log-probabilities for them: [K, V] float32."""
+
+    prefixes: list[list[int]]
+    logprobs: np.ndarray
+
 
 @dataclass(frozen=True)
 class TokenValues:
@@ -28,7 +39,7 @@ class TokenValues:
 
 
 class Policy(nn.Module):
-    """Policy = base + adapter; reference = the same base with the adapter off; value = a linear head on the policy's trunk.
+    """Policy = base + adapter; reference = the same base, adapter off; value = a linear head on the policy's trunk.
 
     Trainable parameters are the adapter's and the value head's, in float32.
     """
@@ -56,7 +67,9 @@ class Policy(nn.Module):
         try:
             self.model = get_peft_model(base, lora)
         except ValueError as error:
-            raise ModelError(f"policy.lora.targets={config.lora.targets}: {' '.join(str(error).split())[:200]}") from None
+            raise ModelError(
+                f"policy.lora.targets={config.lora.targets}: {' '.join(str(error).split())[:200]}"
+            ) from None
         hidden_size = base.get_output_embeddings().weight.shape[-1]
         self.value_head = nn.Linear(hidden_size, 1, device=device)
         nn.init.zeros_(self.value_head.weight)
@@ -104,15 +117,9 @@ class Policy(nn.Module):
             flat_values = self.value_head(predictors.float())[:, 0]
         return TokenValues(*(_unflatten(flat, mask) for flat in (flat_logprobs, flat_values, flat_entropy)))
 
-    @torch.no_grad()
-    def next_token_logprobs(self, prefixes: list[list[int]]) -> Tensor:
-        """[K, V] float32 on the CPU: the log-probabilities after each prefix, one by one and so without padding."""
-        device = self.value_head.weight.device
-        rows = []
-        for prefix in prefixes:
-            hidden = self.trunk(input_ids=torch.tensor([prefix], device=device), use_cache=False).last_hidden_state
-            rows.append(self.head(hidden[0, -1:]).float().log_softmax(dim=1)[0].cpu())
-        return torch.stack(rows)
+    def canary(self, max_length: int) -> Canary:
+        """The policy's own answers on the canary."""
+        return canary_of(self.model, max_length)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's and the value head's parameters by name."""
@@ -136,11 +143,14 @@ def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
     return flat.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, flat.float())
 
 
-def canary_prefixes(vocabulary_size: int, max_length: int, seed: int = 0) -> list[list[int]]:
-    """Fixed sequences that a push is checked on: one short, one that spans a key-value cache block of 128 tokens.
+@torch.no_grad()
+def canary_of(model: Any, max_length: int) -> Canary:
+    """The answers of any `transformers` or PEFT causal model on fixed sequences that a push is checked on.
 
-    Seeded random tokens; at most `max_length` long each.
+    Seeded random tokens, one by one: a short sequence and one that spans a cache block, at most `max_length` long.
     """
-    generator: Any = torch.Generator().manual_seed(seed)
-    lengths = [min(length, max_length) for length in (16, 150)]
-    return [torch.randint(0, vocabulary_size, (n,), generator=generator).tolist() for n in lengths]
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, max_length) for length in (16, CANARY_LENGTH)]
+    prefixes = [torch.randint(0, model.config.vocab_size, (n,), generator=generator) for n in lengths]
+    logits = [model(input_ids=p[None].to(model.device)).logits[0, -1].float() for p in prefixes]
+    return Canary([p.tolist() for p in prefixes], torch.stack([x.log_softmax(dim=0).cpu() for x in logits]).numpy())

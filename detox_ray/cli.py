@@ -1,0 +1,110 @@
+"""The commands; each calls one function. An error of ours is one line, and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from detox_ray.config import dump_config, load_config
+from detox_ray.errors import DetoxError
+
+app = typer.Typer(
+    help="Make a language model less toxic, and prove it.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+lab = typer.Typer(help="The offline lab: a small world without downloads.", no_args_is_help=True)
+app.add_typer(lab, name="lab")
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/laptop.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as ppo.learning_rate=1e-4")]
+RunPath = Annotated[Path, typer.Argument(help="run folder, such as runs/demo")]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train, evaluate before and after, and write the report; continues a run that was stopped."""
+    settings = load_config(config, overrides or [])
+    from detox_ray import loop
+
+    loop.train(settings)
+
+
+@app.command()
+def evaluate(run: RunPath) -> None:
+    """Evaluate the adapter in a run folder again, against its base."""
+    from detox_ray import loop
+
+    loop.evaluate(run)
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write report.html again from what is in the run folder; needs no model."""
+    from detox_ray.evaluation.report import write_report
+    from detox_ray.run_folder import RunFolder
+
+    typer.echo(write_report(RunFolder.existing(run).path))
+
+
+@app.command()
+def score(
+    texts: Annotated[list[str], typer.Argument(help="texts, or - for one a line from standard input")],
+    config: Annotated[Path, typer.Option(help="whose classifiers and judge to use")] = Path("configs/laptop.yaml"),
+) -> None:
+    """Print the toxicity of texts, a JSON object a line."""
+    settings = load_config(config)
+    from detox_ray import loop
+
+    lines = [line.rstrip("\n") for line in sys.stdin] if texts == ["-"] else texts
+    for line in loop.score(settings, lines):
+        typer.echo(json.dumps({name: round(value, 4) for name, value in line.items()}))
+
+
+@app.command()
+def config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved configuration."""
+    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run and what is missing."""
+    from detox_ray.doctor import diagnose
+
+    Console().print(diagnose())
+
+
+@lab.command("build")
+def lab_build() -> None:
+    """Build the lab now instead of on first use."""
+    from detox_ray.data.lab import build_lab
+    from detox_ray.terminal import Terminal
+
+    terminal = Terminal()
+    with terminal.bar("building the offline lab", total=1) as progress:
+        folder = build_lab(progress=lambda _, share: progress(share))
+    terminal.stage(f"the lab is in {folder}")
+
+
+@lab.command("remove")
+def lab_remove() -> None:
+    """Remove the lab's files."""
+    from detox_ray.data.lab import remove_lab
+
+    typer.echo("removed" if remove_lab() else "there is none")
+
+
+def main() -> None:
+    """Entry point of `detox-ray`."""
+    try:
+        app()
+    except DetoxError as error:
+        message = escape(" ".join(str(error).split()))
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command continues the run")
+        sys.exit(130)

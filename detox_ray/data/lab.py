@@ -1,0 +1,208 @@
+"""The bundled offline lab: prompts, a policy and two reward classifiers, made on first use and kept in a cache folder.
+
+The folder is `lab-<version>-<seed>` in `~/.cache/detox_ray`, or in the folder that DETOX_RAY_CACHE names:
+
+    prompts.jsonl   `{"prompt": text}` a line; none of them is in the text the policy was pre-trained on
+    policy/         a Llama of 1M parameters with its tokenizer; it answers rudely about half the time
+    classifier/     a sequence classifier, labels 0 `civil` and 1 `rude`
+    linear/         a hashed bag of words with a logistic regression (format: `lab_models.save_linear_classifier`)
+    card.json       version, seed and the classifiers' held-out accuracy
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+from detox_ray.config import LAB_PREFIX, Config
+from detox_ray.errors import ConfigError, DataError
+
+# To be raised with every change of what the lab contains, so that no stale one is used.
+LAB_VERSION = 1
+
+LabPart = Literal["prompts", "policy", "classifier", "linear"]
+Progress = Callable[[str, float], None]
+
+PROMPTS, TRAINING_EXCHANGES, HELDOUT_EXCHANGES = 2400, 22_400, 1000
+
+
+def lab_path(part: LabPart) -> Path:
+    """The file or folder of one part of the lab of seed 0, which is built when absent (about a minute).
+
+    Raises:
+        ConfigError: there is no such part.
+        DataError: the cache folder cannot be written.
+    """
+    _check_part(part, f"{LAB_PREFIX}{part}")
+    return build_lab() / _file_of(part)
+
+
+def build_lab(seed: int = 0, progress: Progress | None = None) -> Path:
+    """The lab's folder, built when absent; `progress` is told what is being made and the share done, in [0, 1].
+
+    The folder appears complete or not at all; of several processes one builds and the others wait for it. The caller's
+    random state and thread count are left as they were.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
+    folder = _cache() / f"lab-{LAB_VERSION}-{seed}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                # Whoever left one of these was killed: a living builder would hold the lock.
+                for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
+                    shutil.rmtree(abandoned)
+                building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
+                try:
+                    _make(building, seed, progress or (lambda stage, share: None))
+                    os.replace(building, folder)
+                finally:
+                    shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"the lab cannot be built in {folder.parent}: {error.strerror or error}; "
+            "set DETOX_RAY_CACHE to a folder that can be written"
+        ) from error
+    return folder
+
+
+def remove_lab() -> bool:
+    """Removes the labs of every version and seed from the cache folder; whether there was one."""
+    if not _cache().is_dir():
+        return False
+    ours = [p for p in _cache().iterdir() if re.fullmatch(r"lab-\d+-\d+(\.lock|\.building-\w+)?", p.name)]
+    for path in ours:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return any(p.suffix == "" for p in ours)
+
+
+def resolve_lab(config: Config, progress: Progress | None = None) -> Config:
+    """A copy of `config` with the lab's paths in place of `lab:...`; the lab is built once when any is present.
+
+    Raises:
+        ConfigError: a `lab:...` value names no part of the lab.
+        DataError: as `build_lab`.
+    """
+    judge = config.evaluation.judge
+    values = {
+        "data.source": config.data.source,
+        "policy.model": config.policy.model,
+        "evaluation.judge.model": judge.model,
+        **{f"reward.classifiers.{c.name}.model": c.model for c in config.reward.classifiers},
+    }
+    parts = {key: value.removeprefix(LAB_PREFIX) for key, value in values.items() if value.startswith(LAB_PREFIX)}
+    if not parts:
+        return config
+    for key, part in parts.items():
+        _check_part(part, f"{key} = {values[key]!r}")
+    lab = build_lab(progress=progress)
+
+    def resolved(value: str) -> str:
+        return str(lab / _file_of(value.removeprefix(LAB_PREFIX))) if value.startswith(LAB_PREFIX) else value
+
+    classifiers = [c.model_copy(update={"model": resolved(c.model)}) for c in config.reward.classifiers]
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"source": resolved(config.data.source)}),
+            "policy": config.policy.model_copy(update={"model": resolved(config.policy.model)}),
+            "reward": config.reward.model_copy(update={"classifiers": classifiers}),
+            "evaluation": config.evaluation.model_copy(
+                update={"judge": judge.model_copy(update={"model": resolved(judge.model)})}
+            ),
+        }
+    )
+
+
+def _make(folder: Path, seed: int, progress: Progress) -> None:
+    """Writes every part of the lab into an empty folder."""
+    progress("text", 0.0)
+    # Importing torch and transformers takes seconds, and a lab that exists needs neither.
+    import torch
+
+    from detox_ray.data import lab_models
+    from detox_ray.data.lab_text import exchanges
+
+    prompts = [e.prompt for e in exchanges(seed, PROMPTS)]
+    training = exchanges(seed + 1, TRAINING_EXCHANGES, exclude=frozenset(prompts))
+    heldout = exchanges(seed + 2, HELDOUT_EXCHANGES, exclude=frozenset(prompts))
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(os.cpu_count() or 1, 4))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            progress("linear classifier", 0.02)
+            linear_accuracy = lab_models.save_linear_classifier(training[:4000], heldout, folder / "linear")
+            tokenizer = lab_models.train_tokenizer([e.prompt + e.response for e in training])
+            classifier, classifier_tokenizer = lab_models.train_classifier(
+                training, tokenizer, seed, lambda share: progress("classifier", 0.04 + 0.06 * share)
+            )
+            classifier_accuracy = lab_models.classifier_accuracy(classifier, classifier_tokenizer, heldout)
+            policy = lab_models.train_policy(
+                training, tokenizer, seed, lambda share: progress("policy", 0.1 + 0.89 * share)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    with _no_progress_bars():
+        classifier.save_pretrained(folder / "classifier")
+        classifier_tokenizer.save_pretrained(folder / "classifier")
+        policy.save_pretrained(folder / "policy")
+        tokenizer.save_pretrained(folder / "policy")
+    card = {
+        "version": LAB_VERSION,
+        "seed": seed,
+        "classifier_accuracy": classifier_accuracy,
+        "linear_accuracy": linear_accuracy,
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    progress("done", 1.0)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("DETOX_RAY_CACHE") or "~/.cache/detox_ray").expanduser().absolute()
+
+
+def _file_of(part: str) -> str:
+    return "prompts.jsonl" if part == "prompts" else part
+
+
+def _check_part(part: str, value: str) -> None:
+    if part not in get_args(LabPart):
+        known = ", ".join(LAB_PREFIX + name for name in get_args(LabPart))
+        raise ConfigError(f"{value} is no part of the lab; there are {known}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on the file, which the operating system releases when the process dies."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

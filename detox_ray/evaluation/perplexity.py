@@ -1,0 +1,91 @@
+"""How well a reference language model predicts responses, given their prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from detox_ray.errors import DataError, ModelError
+
+
+def load_reference_model(path: str, revision: str | None = None) -> Any:
+    """A causal language model for scoring, in evaluation mode: float32 on the CPU, bfloat16 on a GPU if there is one.
+
+    `path` is a folder or hub id with safetensors weights; code that comes with a model is not run.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"reference model {path!r} does not load as a causal language model: {reason}") from error
+    return torch.nn.Module.to(model, device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def response_nll(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int] | np.ndarray],
+    response_ids: Sequence[Sequence[int] | np.ndarray],
+    batch_size: int,
+    pad_id: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood of each response given its prompt, teacher-forced.
+
+    `prompt_ids`, `response_ids`: N token sequences each; leave the end token out of a response. `model` is a
+    transformers causal language model, used in the mode (train or eval) it is in. Returns `(nll_sum [N] float64 in
+    nats, tokens [N] int64)`; an empty response has 0 of both.
+
+    Raises:
+        DataError: a prompt without tokens, or different numbers of prompts and responses.
+    """
+    if len(prompt_ids) != len(response_ids):
+        raise DataError(f"{len(prompt_ids)} prompts for {len(response_ids)} responses: give one prompt a response")
+    if any(len(ids) == 0 for ids in prompt_ids):
+        raise DataError("a prompt has no tokens, so its response has nothing to follow: drop it, or add a start token")
+    tokens = np.array([len(ids) for ids in response_ids], dtype=np.int64)
+    nll = np.zeros(len(tokens))
+    lengths = tokens + np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
+    # Longest first: padding stays small and a batch that does not fit in memory fails at once.
+    order = [i for i in np.argsort(-lengths, kind="stable") if tokens[i] > 0]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        nll[batch] = _batch_nll(model, [prompt_ids[i] for i in batch], [response_ids[i] for i in batch], pad_id)
+    return nll, tokens
+
+
+def perplexity(nll_sum: np.ndarray, tokens: np.ndarray) -> float:
+    """`exp(sum of nll / sum of tokens)`: every token counts once, whatever its response; NaN without tokens."""
+    total = int(np.sum(tokens))
+    return float(np.exp(np.sum(nll_sum) / total)) if total else float("nan")
+
+
+def _batch_nll(model: Any, prompts: list[Any], responses: list[Any], pad_id: int) -> np.ndarray:
+    """Nats of each response, [B] float64. Padding is on the right, so positions count from 0 in every row."""
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    is_text = torch.zeros_like(input_ids)
+    is_response = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        end = len(prompt) + len(response)
+        input_ids[row, :end] = torch.as_tensor([*prompt, *response], dtype=torch.long)
+        is_text[row, :end] = 1
+        is_response[row, len(prompt) : end] = True
+    input_ids, is_response = input_ids.to(model.device), is_response.to(model.device)
+    logits = model(input_ids=input_ids, attention_mask=is_text.to(model.device), use_cache=False).logits
+    predicted, targets = is_response[:, 1:], input_ids[:, 1:]
+    # Only the rows that predict a response token are ever widened to float32.
+    token_nll = torch.nn.functional.cross_entropy(
+        logits[:, :-1][predicted].float(), targets[predicted], reduction="none"
+    )
+    per_token = torch.zeros(targets.shape, dtype=torch.float64, device=token_nll.device)
+    per_token[predicted] = token_nll.double()
+    return per_token.sum(dim=1).cpu().numpy()

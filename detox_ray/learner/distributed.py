@@ -1,0 +1,54 @@
+"""Sums over learners; with a single learner (no process group) everything is the identity."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of learners)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_learners(*values: Tensor | float) -> list[Tensor]:
+    """Each scalar summed over the learners, float64."""
+    tensor = torch.stack([torch.as_tensor(v).detach().double().cpu() for v in values])
+    if world()[1] > 1:
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        tensor = tensor.to(device)
+        dist.all_reduce(tensor)
+    return list(tensor.cpu())
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its sum over the learners: adapter and value head only, so one small message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if world()[1] == 1:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def on_first_learner(make: Callable[[], T]) -> T:
+    """Call `make` on rank 0 and give its result to every learner; an error of it is raised on all of them."""
+    rank, size = world()
+    if size == 1:
+        return make()
+    box: list[Any] = [None]
+    if rank == 0:
+        try:
+            box = [(make(), None)]
+        except Exception as error:
+            box = [(None, error)]
+    dist.broadcast_object_list(box, src=0)
+    result, error = box[0]
+    if error is not None:
+        raise error
+    return result

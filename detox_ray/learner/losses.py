@@ -1,0 +1,75 @@
+"""The clipped losses of PPO. Pure tensors; every loss is a sum over tokens, to be divided by the number of tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Sums over tokens: the loss (with gradient), how many ratios were clipped, and the KL from the proximal policy."""
+
+    loss: Tensor
+    clipped: Tensor
+    approx_kl: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor, proximal: Tensor, advantages: Tensor, importance: Tensor, mask: Tensor, clip_range: float
+) -> PolicyLoss:
+    """Clipped surrogate objective (Schulman et al. 2017, eq. 7) with truncated importance weights.
+
+    Args:
+        logprobs: [B, R] float32 of the policy being trained.
+        proximal: [B, R] float32 of the policy at the start of the update; the ratio is taken to it.
+        advantages: [B, R] float32.
+        importance: [B, R] float32, min(cap, exp(proximal - behaviour)).
+        mask: [B, R] bool.
+        clip_range: epsilon.
+    """
+    log_ratio = torch.where(mask, logprobs - proximal, 0.0)
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    per_token = -importance * torch.minimum(unclipped, clipped)
+    with torch.no_grad():
+        # k3 of Schulman's "Approximating KL divergence": unbiased and never negative.
+        approx_kl = torch.where(mask, (-log_ratio).exp() - 1 + log_ratio, 0.0).sum()
+        clip_count = (mask & ((ratio - 1).abs() > clip_range)).sum()
+    return PolicyLoss(torch.where(mask, per_token, 0.0).sum(), clip_count, approx_kl)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Tensor:
+    """Half the clipped squared error (Schulman et al. 2017 as in its published code), summed over tokens.
+
+    Args:
+        values: [B, R] float32 of the value function being trained.
+        old_values: [B, R] float32 at the start of the update.
+        returns: [B, R] float32.
+        mask: [B, R] bool.
+        clip_range: values move at most this far from `old_values`.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * torch.where(mask, error, 0.0).sum()
+
+
+def importance_weights(proximal: Tensor, behaviour: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """[B, R]: min(cap, p_proximal / p_behaviour) at every token, 1 where the engine is the learner's policy.
+
+    Args:
+        proximal: [B, R] float32, log-probabilities by the learner.
+        behaviour: [B, R] float32, log-probabilities the tokens were sampled with.
+        mask: [B, R] bool.
+        cap: truncation (Ionides 2008).
+    """
+    return torch.where(mask, (proximal - behaviour).exp().clamp(max=cap), 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - var(returns - values) / var(returns) over all tokens: 1 is perfect, 0 no better than a constant."""
+    variance = returns[mask].var()
+    if not variance > 0:
+        return 0.0
+    return float(1 - (returns - values)[mask].var() / variance)

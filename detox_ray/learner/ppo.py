@@ -1,0 +1,268 @@
+"""One PPO step: score the rollouts, estimate advantages, run epochs of minibatches. Schulman et al. 2017."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detox_ray.config import PPOConfig
+from detox_ray.errors import SyncError
+from detox_ray.learner.advantages import gae, grpo, rloo, standardise, token_rewards
+from detox_ray.learner.distributed import sum_gradients, sum_over_learners, world
+from detox_ray.learner.kl import KLController, k1
+from detox_ray.learner.losses import explained_variance, importance_weights, policy_loss, value_loss
+from detox_ray.policy.policy import Policy, TokenValues
+from detox_ray.policy.sequences import Sequences, collate
+from detox_ray.records import Rollout
+
+
+@dataclass(frozen=True)
+class SamplingLaw:
+    """How the rollouts were sampled, as far as it defines the distribution, and how far it may be from the learner's.
+
+    `suppressed` are tokens that could not be sampled; `max_logprob_gap` bounds the mean |behaviour - learner| of an
+    on-policy batch, in nats.
+    """
+
+    temperature: float
+    suppressed: tuple[int, ...]
+    samples_per_prompt: int
+    max_logprob_gap: float
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A batch ready for the epochs; all tensors [B, R] float32 but `mask` (bool)."""
+
+    sequences: Sequences
+    mask: Tensor
+    proximal: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    importance: Tensor
+
+    def rows(self, index: Tensor) -> "Experience":
+        """The rows in `index`, cut to their longest response."""
+        sequences = self.sequences.rows(index)
+        longest = int(sequences.response_lengths.max())
+        names = ("mask", "proximal", "values", "advantages", "returns", "importance")
+        return Experience(sequences, *(getattr(self, name)[index, :longest] for name in names))
+
+
+class PPO:
+    """The learner: policy, optimiser and KL controller."""
+
+    def __init__(
+        self, policy: Policy, config: PPOConfig, law: SamplingLaw, pad_id: int, total_steps: int, seed: int
+    ) -> None:
+        self.policy = policy
+        self.config = config
+        self.kl_controller = KLController(config.kl, config.kl.coefficient)
+        self.optimizer = _optimizer(policy, config)
+        self._law = law
+        self._pad_id = pad_id
+        self._total_steps = total_steps
+        self._seed = seed
+        self._device = policy.value_head.weight.device
+        self._suppressed = torch.tensor(law.suppressed, device=self._device) if law.suppressed else None
+
+    def update(self, rollouts: Sequence[Rollout], rewards: np.ndarray, step: int, on_policy: bool) -> dict[str, float]:
+        """Train on this learner's share of a batch.
+
+        Args:
+            rollouts: B, the samples of a prompt next to each other.
+            rewards: [B] float32, higher is better.
+            step: decides learning rate and shuffling, so that a resumed run repeats what it would have done.
+            on_policy: the rollouts come from the policy as it is now, so engine and learner must agree on them.
+
+        Returns:
+            Means over the batch of all learners: kl (nats a response), entropy (nats a token), clip_fraction, approx_kl
+            (nats a token), explained_variance, policy_loss, value_loss, logprob_gap_mean and _max (nats), and others.
+
+        Raises:
+            SyncError: the mean log-probability gap of an on-policy batch is above the bound.
+        """
+        torch.manual_seed(self._seed * 1_000_003 + step * 1_009 + world()[0])
+        self._set_learning_rate(step)
+        experience, metrics = self._score(rollouts, rewards, on_policy)
+        metrics |= self._train(experience)
+        self.kl_controller.update(metrics["kl"], responses=len(rollouts) * world()[1])
+        return metrics
+
+    def _score(
+        self, rollouts: Sequence[Rollout], rewards: np.ndarray, on_policy: bool
+    ) -> tuple[Experience, dict[str, float]]:
+        """Proximal and reference log-probabilities, values, KL and advantages of a batch."""
+        config, law = self.config, self._law
+        sequences = collate(
+            [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], self._pad_id, self._device
+        )
+        mask = sequences.response_mask()
+        behaviour = torch.zeros(mask.shape, device=self._device)
+        behaviour[mask] = torch.from_numpy(np.concatenate([r.logprobs for r in rollouts])).to(self._device)
+        current = self._forward_without_gradient(sequences, reference=False)
+        reference = self._forward_without_gradient(sequences, reference=True)
+
+        tokens = mask.sum()
+        gap = (current.logprobs - behaviour).abs()
+        gap_sum, token_count = sum_over_learners(gap.sum(), tokens)
+        if on_policy and not gap_sum / token_count <= law.max_logprob_gap:
+            raise SyncError(
+                f"engine and learner differ by {float(gap_sum / token_count):.3g} nats a token on the same policy "
+                f"(rollout.max_logprob_gap={law.max_logprob_gap:g}); use rollout.base=dequantized, or raise the bound"
+            )
+        importance = importance_weights(current.logprobs, behaviour, mask, config.importance_cap)
+        kl = k1(current.logprobs, reference.logprobs, mask)
+        reward = torch.from_numpy(rewards).float().to(self._device)
+        advantages, returns = self._advantages(reward, kl, current.values, mask)
+        if config.whiten_advantages:
+            sums = sum_over_learners(tokens, advantages[mask].sum(), (advantages[mask] ** 2).sum())
+            advantages = standardise(advantages, mask, *(s.float().to(self._device) for s in sums))
+
+        responses, kl_sum, entropy_sum, weight_sum, capped = sum_over_learners(
+            len(rollouts),
+            kl.sum(),
+            current.entropy.sum(),
+            importance.sum(),
+            (importance >= config.importance_cap).sum(),
+        )
+        metrics = {
+            "kl": kl_sum / responses,
+            "kl_coefficient": self.kl_controller.coefficient,
+            "entropy": entropy_sum / token_count,
+            "logprob_gap_mean": gap_sum / token_count,
+            "logprob_gap_max": gap.max(),
+            "importance_mean": weight_sum / token_count,
+            "importance_capped": capped / token_count,
+            "response_length": token_count / responses,
+            "explained_variance": explained_variance(current.values, returns, mask),
+        }
+        experience = Experience(sequences, mask, current.logprobs, current.values, advantages, returns, importance)
+        return experience, {name: float(value) for name, value in metrics.items()}
+
+    def _advantages(self, rewards: Tensor, kl: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and returns [B, R] by the configured estimator; the group estimators put the KL in the reward."""
+        config, beta = self.config, self.kl_controller.coefficient
+        if config.estimator == "gae":
+            return gae(token_rewards(rewards, kl, mask, beta), values, mask, config.gamma, config.gae_lambda)
+        penalised = rewards - beta * kl.sum(dim=1)
+        estimate = rloo if config.estimator == "rloo" else grpo
+        advantages = estimate(penalised.view(-1, self._law.samples_per_prompt)).view(-1, 1)
+        return torch.where(mask, advantages, 0.0), torch.where(mask, penalised[:, None], 0.0)
+
+    def _train(self, experience: Experience) -> dict[str, float]:
+        """The epochs; stops early once the policy has moved further than `target_kl` from where it began."""
+        config = self.config
+        parameters = list(self.policy.trainable().values())
+        totals = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "grad_norm"), 0.0)
+        steps, approx_kl = 0, 0.0
+        for index in self._minibatches(len(experience.mask)):
+            if config.target_kl is not None and approx_kl > config.target_kl:
+                break
+            tokens = sum_over_learners(experience.mask[index].sum())[0].float().to(self._device)
+            sums = torch.zeros(4)
+            self.optimizer.zero_grad()
+            pieces = self._by_length(experience.sequences, index, len(index) // config.gradient_accumulation)
+            for piece in pieces:
+                sums += self._backward(experience.rows(piece), tokens)
+            sum_gradients(parameters)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            self.optimizer.step()
+
+            means = torch.stack(sum_over_learners(*sums)) / tokens.cpu()
+            approx_kl = float(means[3])
+            for name, value in zip(totals, [*means[:3], norm], strict=True):
+                totals[name] += float(value)
+            steps += 1
+        return {name: total / steps for name, total in totals.items()} | {"approx_kl": approx_kl, "updates": steps}
+
+    def _backward(self, piece: Experience, tokens: Tensor) -> Tensor:
+        """Add a piece's gradients; sums over its tokens of policy loss, value loss, clipped ratios, approximate KL."""
+        config, law = self.config, self._law
+        entropy = "gradient" if config.entropy_coefficient > 0 else "none"
+        now = self.policy(piece.sequences, law.temperature, self._suppressed, entropy)
+        policy = policy_loss(
+            now.logprobs, piece.proximal, piece.advantages, piece.importance, piece.mask, config.clip_range
+        )
+        value = value_loss(now.values, piece.values, piece.returns, piece.mask, config.value_clip_range)
+        loss = policy.loss - config.entropy_coefficient * now.entropy.sum()
+        if config.estimator == "gae":
+            loss = loss + config.value_coefficient * value
+        (loss / tokens).backward()
+        return torch.stack([x.detach().float().cpu() for x in (policy.loss, value, policy.clipped, policy.approx_kl)])
+
+    @torch.no_grad()
+    def _forward_without_gradient(self, sequences: Sequences, reference: bool) -> TokenValues:
+        """The whole batch in pieces of similar length; entropy only for the policy."""
+        shape = sequences.response_mask().shape
+        whole = TokenValues(*(torch.zeros(shape, device=self._device) for _ in range(3)))
+        everything = torch.arange(shape[0], device=self._device)
+        parts = self.config.minibatches * self.config.gradient_accumulation
+        for index in self._by_length(sequences, everything, max(1, shape[0] // parts)):
+            entropy = "none" if reference else "value"
+            piece = self.policy(
+                sequences.rows(index), self._law.temperature, self._suppressed, entropy, reference=reference
+            )
+            for name, tensor in vars(piece).items():
+                getattr(whole, name)[index, : tensor.shape[1]] = tensor
+        return whole
+
+    def _minibatches(self, rows: int) -> Iterator[Tensor]:
+        """Row indices of every optimiser step: `epochs` shufflings, each in `minibatches` equal parts."""
+        for _ in range(self.config.epochs):
+            order = torch.randperm(rows).to(self._device)
+            yield from order.chunk(self.config.minibatches)
+
+    @staticmethod
+    def _by_length(sequences: Sequences, index: Tensor, size: int) -> list[Tensor]:
+        """`index` in pieces of `size` rows of similar length, so that little of a piece is padding."""
+        lengths = (sequences.prompt_lengths + sequences.response_lengths)[index]
+        return list(index[lengths.argsort()].split(size))
+
+    def _set_learning_rate(self, step: int) -> None:
+        config = self.config
+        factor = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "linear":
+            factor *= 1 - step / self._total_steps
+        for group, rate in zip(
+            self.optimizer.param_groups, (config.learning_rate, config.value_learning_rate), strict=True
+        ):
+            group["lr"] = rate * factor
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the adapter: value head, optimiser, KL coefficient."""
+        return {
+            "value_head": self.policy.value_head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "kl_coefficient": self.kl_controller.coefficient,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`."""
+        self.policy.value_head.load_state_dict(state["value_head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.kl_controller.coefficient = state["kl_coefficient"]
+
+
+def _optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit or paged form of it, with a group for the adapter and one for the value head."""
+    adapter = [p for name, p in policy.trainable().items() if not name.startswith("value_head")]
+    groups: list[dict[str, Any]] = [
+        {"params": adapter, "lr": config.learning_rate},
+        {"params": list(policy.value_head.parameters()), "lr": config.value_learning_rate},
+    ]
+    options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    import bitsandbytes
+
+    kinds = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw": bitsandbytes.optim.PagedAdamW,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return kinds[config.optimizer](groups, **options)

@@ -1,0 +1,263 @@
+"""The run, told in the order it happens: a language model goes in, a less toxic one comes out, with the evidence."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from detox_ray.cluster import ray_session
+from detox_ray.config import Config, RewardConfig
+from detox_ray.data.lab import resolve_lab
+from detox_ray.errors import ConfigError, DetoxError
+from detox_ray.evaluation.meter import group_rollouts, measure, write_evaluation
+from detox_ray.evaluation.perplexity import load_reference_model
+from detox_ray.evaluation.report import write_report
+from detox_ray.evaluation.summary import evaluation_table
+from detox_ray.learner.train_loop import LearnerTask, train_loop
+from detox_ray.plan import Plan, prepare
+from detox_ray.policy.adapter import load_adapter
+from detox_ray.policy.policy import canary_of
+from detox_ray.records import Rollout, Sampling
+from detox_ray.rewards.classifiers import load_classifier
+from detox_ray.rollout.schedule import PromptSchedule
+from detox_ray.rollout.stream import RolloutStream
+from detox_ray.rollout.worker import start_workers, stop_workers
+from detox_ray.run_folder import RunFolder
+from detox_ray.serving.reward_app import RewardClient, delete_reward_app, deploy_reward_app, fit_and_apply_calibration
+from detox_ray.serving.scorer import RolloutScorer
+from detox_ray.terminal import Terminal
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_CHUNK = 32  # prompts sampled between two moves of the progress bar
+
+# glibc gives every freed tensor back to the system and takes page faults to get it again; keeping it halves a CPU step.
+LEARNER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+
+def train(config: Config, quiet: bool = False) -> dict[str, Any]:
+    """Train, evaluate and report; a run that was killed continues from its folder.
+
+    Args:
+        config: of the run; its folder is `config.run_dir`.
+        quiet: print nothing.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        ConfigError, DataError, ModelError: something does not fit; nothing expensive has started.
+        RewardError, SyncError: the run was stopped; the folder can be continued once the cause is mended.
+    """
+    terminal = Terminal(quiet)
+    plan = prepare(config, terminal)
+    if (finished := plan.run.read_evaluation()) is not None:
+        terminal.stage(f"{plan.run.path} is complete; remove it to run again")
+        terminal.console.print(evaluation_table(finished))
+        return finished
+    with ray_session(plan.config, plan.run.ray_logs):
+        terminal.stage("starting rollout workers and reward classifiers")
+        with rollout_workers(plan) as workers, reward_app(plan) as reward:
+            stream = _stream(plan, workers, reward)
+            base = sample_heldout(stream, plan, "base", terminal)
+            stream = _stream(plan, workers, calibrated_reward(stream, reward, plan))
+            terminal.stage(f"training for {plan.config.train.total_steps} steps")
+            with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
+                fit(plan, stream)
+            terminal.stage("verifying the saved adapter on the workers")
+            push_saved_adapter(stream, plan)
+            tuned = sample_heldout(stream, plan, "tuned", terminal)
+    return judge_and_report(plan, base, tuned, terminal)
+
+
+def fit(plan: Plan, stream: RolloutStream) -> None:
+    """Run the learner under Ray Train until the last step.
+
+    Raises:
+        RewardError, SyncError, ModelError: the learner met an error that a new attempt would meet again.
+        DetoxError: the learner crashed more often than `train.max_failures`.
+    """
+    config = plan.config
+    task = LearnerTask(config, str(plan.run.path), stream, plan.engine.end_ids, plan.engine.pad_id, plan.canary_length)
+    environment = LEARNER_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.train.threads)}
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=config.train.num_gpus > 0,
+            resources_per_worker={"CPU": config.train.num_cpus, "GPU": config.train.num_gpus},
+        ),
+        run_config=RunConfig(
+            name=plan.run.checkpoints.name,
+            storage_path=str(plan.run.path),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        logger.error("the learner failed", exc_info=error)
+        raise DetoxError(
+            f"the learner crashed more than train.max_failures={config.train.max_failures} times; "
+            f"see {plan.run.path / 'run.log'}, then start the same command again to continue"
+        ) from error
+    plan.run.raise_failure()
+
+
+@contextmanager
+def rollout_workers(plan: Plan) -> Iterator[list[Any]]:
+    """The rollout actors; their engines go on starting while other things start."""
+    workers = start_workers(plan.engine, plan.config.rollout)
+    try:
+        yield workers
+    finally:
+        stop_workers(workers)
+
+
+@contextmanager
+def reward_app(plan: Plan) -> Iterator[RewardConfig]:
+    """The reward ensemble on Serve; yields the reward's configuration, calibrated if the run did that before."""
+    deploy_reward_app(plan.config.reward, plan.app_name)
+    try:
+        yield plan.run.read_calibrated() or plan.config.reward
+    finally:
+        delete_reward_app(plan.app_name)
+
+
+def calibrated_reward(stream: RolloutStream, reward: RewardConfig, plan: Plan) -> RewardConfig:
+    """The reward with each `calibration: fit` made numbers by the untrained policy's answers to training prompts."""
+    if plan.run.read_calibrated() is None:
+        prompts = plan.prompts.train[: reward.calibration_prompts]
+        rollouts = stream.sample(prompts, 1, _sampling(plan.config, seed=plan.config.seed))
+        reward = fit_and_apply_calibration(
+            reward, plan.app_name, [r.text for r in rollouts], [r.prompt_text for r in rollouts]
+        )
+        plan.run.write_calibrated(reward)
+    return reward
+
+
+def sample_heldout(stream: RolloutStream, plan: Plan, system: str, terminal: Terminal) -> list[Rollout]:
+    """The responses of what the workers serve now to the held-out prompts, from all workers."""
+    config = plan.config
+    prompts = plan.prompts.heldout[: config.evaluation.prompts]
+    samples = config.evaluation.samples_per_prompt
+    terminal.stage(f"{system}: {samples} responses to each of {len(prompts)} held-out prompts")
+    rollouts: list[Rollout] = []
+    with terminal.bar(f"{system} responses", len(prompts)) as progress:
+        for start in range(0, len(prompts), EVALUATION_CHUNK):
+            chunk = prompts[start : start + EVALUATION_CHUNK]
+            sampling = _sampling(config, seed=config.seed + 1 + start)
+            rollouts += stream.sample(chunk, samples, sampling)
+            progress(start + len(chunk))
+    return rollouts
+
+
+def push_saved_adapter(stream: RolloutStream, plan: Plan) -> None:
+    """Serve the adapter as it stands in the run folder, verified against plain `peft` on the engine's base."""
+    stream.connect()
+    base = load_reference_model(plan.engine.model, plan.engine.revision)
+    tuned = PeftModel.from_pretrained(base, str(plan.run.adapter))
+    canary = canary_of(tuned, plan.canary_length)
+    stream.publish(lambda version: load_adapter(plan.run.adapter, version), canary)
+
+
+def judge_and_report(plan: Plan, base: list[Rollout], tuned: list[Rollout], terminal: Terminal) -> dict[str, Any]:
+    """Judge both systems' responses, write evaluation.json, generations.parquet and report.html, print the table."""
+    config = plan.config
+    terminal.stage(f"judging with {config.evaluation.judge.name}")
+    evaluation = measure(
+        group_rollouts("base", base),
+        group_rollouts("tuned", tuned),
+        load_classifier(config.evaluation.judge),
+        load_reference_model(config.policy.model, config.policy.revision),
+        plan.engine.pad_id,
+        set(plan.engine.end_ids),
+        config.evaluation,
+        config.seed,
+    )
+    write_evaluation(plan.run.path, evaluation)
+    report = write_report(plan.run.path)
+    terminal.console.print(evaluation_table(evaluation.to_json()))
+    terminal.stage(f"report: {report}")
+    terminal.stage(f"adapter: {plan.run.adapter}")
+    return evaluation.to_json()
+
+
+def evaluate(run: str | Path, quiet: bool = False) -> dict[str, Any]:
+    """Evaluate the adapter of a run folder again: base and tuned on the held-out prompts, by the judge.
+
+    Returns:
+        The content of `evaluation.json`, which is replaced, as are `generations.parquet` and `report.html`.
+
+    Raises:
+        ConfigError: there is no such run, or it has no adapter yet.
+    """
+    folder = RunFolder.existing(run)
+    if not folder.adapter.exists():
+        raise ConfigError(f"{run} has no adapter yet; continue it with detox-ray train {folder.config_file}")
+    terminal = Terminal(quiet)
+    config = folder.read_config()
+    plan = prepare(
+        config.model_copy(update={"output_dir": str(folder.path.parent), "name": folder.path.name}), terminal
+    )
+    with ray_session(plan.config, plan.run.ray_logs), rollout_workers(plan) as workers:
+        stream = _stream(plan, workers, None)
+        base = sample_heldout(stream, plan, "base", terminal)
+        push_saved_adapter(stream, plan)
+        tuned = sample_heldout(stream, plan, "tuned", terminal)
+    return judge_and_report(plan, base, tuned, terminal)
+
+
+def score(config: Config, texts: Sequence[str]) -> list[dict[str, float]]:
+    """Score texts with the judge and the reward's classifiers, in this process.
+
+    Returns:
+        For each text the probability of toxicity by each classifier, by name.
+
+    Raises:
+        ConfigError, ModelError: a classifier cannot be loaded.
+    """
+    config = resolve_lab(config)
+    classifiers = [load_classifier(c) for c in [*config.reward.classifiers, config.evaluation.judge]]
+    columns = {c.name: c.toxicity(list(texts)).tolist() for c in classifiers}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _stream(plan: Plan, workers: list[Any], reward: RewardConfig | None) -> RolloutStream:
+    config = plan.config
+    scorer: Any = None
+    if reward is not None and all(c.calibration != "fit" for c in reward.classifiers):
+        client = RewardClient(plan.app_name, reward)
+        scorer = RolloutScorer(client, reward.shaping, plan.engine.end_ids, config.evaluation.judge)
+    per_step = config.ppo.batch_size // config.rollout.samples_per_prompt
+    return RolloutStream(
+        workers=workers,
+        prompts_for_step=PromptSchedule(plan.prompts.train, per_step, config.seed),
+        scorer=scorer,
+        config=config.rollout,
+        seed=config.seed,
+        canary_tolerance=plan.canary_tolerance,
+    )
+
+
+def _sampling(config: Config, seed: int) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.fixed_length, seed
+    )

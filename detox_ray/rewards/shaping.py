@@ -1,0 +1,47 @@
+"""Terms beside the classifiers' reward: they make the cheap ways to be harmless cost something."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from detox_ray.config import ShapingConfig
+
+Term = Callable[[Sequence[np.ndarray], Sequence[str], ShapingConfig], np.ndarray]
+
+
+def shape(
+    response_ids: Sequence[np.ndarray], finish_reasons: Sequence[str], config: ShapingConfig
+) -> dict[str, np.ndarray]:
+    """Each term of `TERMS` by name, `[N] float32` and never above 0; the shaped reward adds them all.
+
+    `response_ids`: N arrays `[R] int` without the end token; `finish_reasons`: N of "stop" or "length".
+    """
+    if len(response_ids) != len(finish_reasons):
+        raise ValueError(f"{len(response_ids)} responses but {len(finish_reasons)} finish reasons")
+    # Adding 0 turns -0.0 into 0.0.
+    return {name: (term(response_ids, finish_reasons, config) + 0.0).astype(np.float32) for name, term in TERMS.items()}
+
+
+def repeated_bigram_share(token_ids: np.ndarray) -> float:
+    """1 - distinct bigrams / bigrams of `token_ids: [R]`; 0 below two tokens."""
+    bigrams = list(zip(token_ids[:-1].tolist(), token_ids[1:].tolist(), strict=True))
+    return 1.0 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def _short(response_ids: Sequence[np.ndarray], finish_reasons: Sequence[str], config: ShapingConfig) -> np.ndarray:
+    if config.min_tokens == 0:
+        return np.zeros(len(response_ids))
+    lengths = np.array([len(ids) for ids in response_ids], dtype=np.float64)
+    return -config.short_penalty * np.maximum(0.0, 1.0 - lengths / config.min_tokens)
+
+
+def _repetition(response_ids: Sequence[np.ndarray], finish_reasons: Sequence[str], config: ShapingConfig) -> np.ndarray:
+    shares = [repeated_bigram_share(np.asarray(ids)) for ids in response_ids]
+    return -config.repetition_penalty * np.array(shares, dtype=np.float64)
+
+
+def _unfinished(response_ids: Sequence[np.ndarray], finish_reasons: Sequence[str], config: ShapingConfig) -> np.ndarray:
+    return -config.unfinished_penalty * np.array([reason == "length" for reason in finish_reasons], dtype=np.float64)
+
+
+TERMS: Mapping[str, Term] = {"short": _short, "repetition": _repetition, "unfinished": _unfinished}

@@ -1,0 +1,91 @@
+"""The Ray actor that holds a rollout engine."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from detox_ray.config import RolloutConfig
+from detox_ray.errors import SyncError
+from detox_ray.policy.adapter import Adapter, content_digest
+from detox_ray.records import Prompt, Rollout, Sampling
+from detox_ray.rollout.engine import EngineSpec, load_engine
+
+
+@dataclass(frozen=True)
+class Acknowledgement:
+    """A worker's answer to a push: what it now serves, and the canary: likeliest next tokens of the given prefixes."""
+
+    version: int
+    digest: str
+    canary: list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class RolloutPart:
+    """The responses of one call and the seconds the engine took."""
+
+    rollouts: list[Rollout]
+    seconds: float
+
+
+class RolloutWorker:
+    """Samples with one engine; after a crash Ray starts it anew on the pristine base (version -1)."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._engine = load_engine(spec)
+
+    def version(self) -> int:
+        """Version of the adapter served; -1 on the pristine base."""
+        return self._engine.version
+
+    def process_id(self) -> int:
+        """Operating-system id of the actor's process."""
+        return os.getpid()
+
+    def apply(self, adapter: Adapter, canary_prefixes: Sequence[Sequence[int]]) -> Acknowledgement:
+        """Serve `adapter` from now on and prove it.
+
+        Raises:
+            SyncError: the adapter arrived damaged, is older than what is served, or does not fit the engine's base.
+        """
+        digest = content_digest(adapter.peft_config, adapter.tensors)
+        if digest != adapter.digest:
+            raise SyncError(f"adapter version {adapter.version} arrived with digest {digest}, sent as {adapter.digest}")
+        if adapter.version <= self._engine.version:
+            raise SyncError(
+                f"adapter version {adapter.version} is not newer than {self._engine.version}, which is served"
+            )
+        self._engine.apply(adapter)
+        return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
+
+    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> RolloutPart:
+        """`samples` responses to each prompt, under the adapter served."""
+        start = time.perf_counter()
+        rollouts = self._engine.generate(prompts, samples, sampling)
+        return RolloutPart(rollouts, time.perf_counter() - start)
+
+
+def start_workers(spec: EngineSpec, config: RolloutConfig) -> list[Any]:
+    """Start `config.workers` actors without waiting for their engines; each restarts by itself if its process dies."""
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, int(config.num_cpus))),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    actor = ray.remote(RolloutWorker).options(
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus,
+        max_restarts=-1,
+        runtime_env={"env_vars": environment},
+    )
+    return [actor.remote(spec) for _ in range(config.workers)]
+
+
+def stop_workers(workers: Sequence[Any]) -> None:
+    """Stop the actors for good."""
+    for worker in workers:
+        ray.kill(worker, no_restart=True)

@@ -1,0 +1,380 @@
+"""The reward ensemble as a Ray Serve application: one deployment a classifier, and one that composes them.
+
+Calibrations travel with a call, not with a replica: every replica, also one that was just restarted, uses the same
+numbers, and fitting them restarts nothing (`serve.run` gives every deployment a new version and so restarts them all).
+"""
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import ray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.schema import ApplicationStatus
+
+from detox_ray.config import Calibration, ClassifierConfig, RewardConfig
+from detox_ray.errors import DetoxError, RewardError
+from detox_ray.records import Score
+from detox_ray.rewards.classifiers import check_classifier, load_classifier
+from detox_ray.rewards.ensemble import (
+    UNCALIBRATED,
+    aggregate,
+    calibrate,
+    calibrations,
+    fit_calibration,
+    with_calibrations,
+)
+
+logger = logging.getLogger(__name__)
+
+ENSEMBLE = "ensemble"
+# Two OpenMP threads beside another busy process are slower than one.
+REPLICA_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+START_TIMEOUT_S = 900.0
+# A restarting replica takes seconds; asking more often only fills logs.
+RESTART_POLL_S = 0.5
+# The client waits this much longer than the ensemble, so that the error that arrives is the one that names a member.
+CLIENT_GRACE_S = 10.0
+
+
+class ClassifierDeployment:
+    """One classifier; one call scores one list, and calls take turns (a fast tokenizer is not thread-safe)."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        if config.kind == "transformers" and config.num_gpus == 0:
+            import torch
+            import transformers
+
+            torch.set_num_threads(1)
+            transformers.utils.logging.disable_progress_bar()
+        # A replica without GPUs of its own may still see the node's.
+        self._classifier = load_classifier(config, device="cpu" if config.num_gpus == 0 else None)
+
+    def score(self, texts: list[str]) -> list[float]:
+        """Uncalibrated scores, less toxic is higher."""
+        return self._classifier.score(texts).tolist()
+
+    def toxicity(self, texts: list[str]) -> list[float]:
+        """Probabilities of toxicity."""
+        return self._classifier.toxicity(texts).tolist()
+
+
+class EnsembleDeployment:
+    """Asks all classifiers at once and makes one Score of their answers; holds no state."""
+
+    def __init__(self, config: RewardConfig, members: dict[str, DeploymentHandle]) -> None:
+        self._config = config
+        self._members = members
+
+    async def score(
+        self,
+        texts: list[str],
+        prompts: list[str] | None = None,
+        member_calibrations: dict[str, Calibration] | None = None,
+    ) -> list[Score]:
+        """One Score a response in `texts`; `prompts` are needed when the classifiers read prompt and response.
+
+        `member_calibrations` defaults to the numbers in the configuration the app was built with.
+
+        Raises:
+            RewardError: a member failed more than `retries` times, did not answer in `timeout_s`, returned something
+                that is not a score, or is not calibrated.
+        """
+        if member_calibrations is None:
+            member_calibrations = calibrations(self._config)
+        scores = await self.raw_scores(texts, prompts)
+        return aggregate({name: calibrate(scores[name], member_calibrations[name]) for name in scores}, self._config)
+
+    async def raw_scores(self, texts: list[str], prompts: list[str] | None = None) -> dict[str, np.ndarray]:
+        """The uncalibrated scores of each member, `[N] float32`; raises RewardError as `score`."""
+        return await self._ask_all("score", texts_to_read(texts, prompts, self._config))
+
+    async def toxicity(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """Each member's probability of toxicity of the texts alone, `[N] float32`; raises RewardError as `score`."""
+        return await self._ask_all("toxicity", texts)
+
+    async def _ask_all(self, method: str, texts: list[str]) -> dict[str, np.ndarray]:
+        deadline = time.monotonic() + self._config.timeout_s
+        members = self._config.classifiers
+        answers = await asyncio.gather(*(self._ask_replicas(member, method, texts, deadline) for member in members))
+        return {member.name: answer for member, answer in zip(members, answers, strict=True)}
+
+    async def _ask_replicas(
+        self, member: ClassifierConfig, method: str, texts: list[str], deadline: float
+    ) -> np.ndarray:
+        """One member's answer, from as many of its replicas as there are full batches for."""
+        parts = max(1, min(member.replicas, math.ceil(len(texts) / member.batch_size)))
+        size = max(1, math.ceil(len(texts) / parts))
+        starts = range(0, max(1, len(texts)), size)
+        answers = await asyncio.gather(
+            *(self._ask(member.name, method, texts[start : start + size], deadline) for start in starts)
+        )
+        return np.concatenate(answers)
+
+    async def _ask(self, name: str, method: str, texts: list[str], deadline: float) -> np.ndarray:
+        """One replica's answer: errors are retried `retries` times, a lost replica is waited for until `deadline`."""
+        failures = 0
+        while (left_s := deadline - time.monotonic()) > 0:
+            response = getattr(self._members[name], method).remote(texts)
+            try:
+                return _checked(name, await asyncio.wait_for(_answer(response), left_s), len(texts))
+            except (RayTaskError, RewardError) as error:
+                cause = _cause(error)
+                failures += 1
+                if failures > self._config.retries:
+                    raise RewardError(f"classifier {name!r} failed {failures} times: {_describe(cause)}") from None
+                logger.warning("classifier %r failed, attempt %d: %s", name, failures, type(cause).__name__)
+                await asyncio.sleep(0.1 * 2**failures)
+            except TimeoutError:
+                response.cancel()
+                break
+            except (RayError, RayServeException) as error:
+                if isinstance(error, TaskCancelledError):
+                    raise
+                logger.warning(
+                    "a replica of classifier %r is lost (%s); waiting for another", name, type(error).__name__
+                )
+                await asyncio.sleep(RESTART_POLL_S)
+        raise RewardError(f"classifier {name!r} did not answer within reward.timeout_s={self._config.timeout_s:g} s")
+
+
+@dataclass(frozen=True)
+class PendingScores:
+    """A scoring call under way, with what is needed to repeat it; stays in the process that made it."""
+
+    response: DeploymentResponse
+    texts: list[str]
+    prompts: list[str] | None
+
+
+class RewardClient:
+    """The reward app as the learner sees it: submit, go on with other work, collect. Picklable; synchronous."""
+
+    def __init__(self, app_name: str, config: RewardConfig) -> None:
+        """`config` holds the calibrations that `fit_and_apply_calibration` returned.
+
+        Raises:
+            RewardError: a calibration is still `fit`.
+        """
+        self._app_name = app_name
+        self._config = config
+        self._calibrations = calibrations(config)
+        self._handle: DeploymentHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+    def submit(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> PendingScores:
+        """Starts scoring the responses `texts`; returns at once."""
+        prompt_list = None if prompts is None else list(prompts)
+        return PendingScores(self._call(list(texts), prompt_list), list(texts), prompt_list)
+
+    def result(self, pending: PendingScores) -> list[Score]:
+        """The scores, in the order of the texts; a lost replica costs time, nothing else.
+
+        Raises:
+            RewardError: as `EnsembleDeployment.score`, or the ensemble itself did not answer in time.
+        """
+        response = pending.response
+        # From here and not from `submit`: a learner may collect long after.
+        deadline = time.monotonic() + self._config.timeout_s + CLIENT_GRACE_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            try:
+                scores = response.result(timeout_s=left_s)
+            except RayTaskError as error:
+                cause = _cause(error)
+                if isinstance(cause, RewardError):
+                    raise RewardError(str(cause)) from None
+                raise RewardError(f"the reward app {self._app_name!r} failed: {_describe(cause)}") from error
+            except TimeoutError:
+                response.cancel()
+                break
+            except (RayError, RayServeException) as error:
+                logger.warning("the reward app lost a replica (%s); asking again", type(error).__name__)
+                time.sleep(RESTART_POLL_S)
+                response = self._call(pending.texts, pending.prompts)
+                continue
+            if len(scores) != len(pending.texts):
+                raise RewardError(f"the reward app returned {len(scores)} scores for {len(pending.texts)} texts")
+            return scores
+        raise RewardError(
+            f"the reward app {self._app_name!r} did not answer within reward.timeout_s={self._config.timeout_s:g} s; "
+            "is it running, and are its replicas large enough?"
+        )
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[Score]:
+        """`result(submit(texts, prompts))`."""
+        return self.result(self.submit(texts, prompts))
+
+    def _call(self, texts: list[str], prompts: list[str] | None) -> DeploymentResponse:
+        if self._handle is None:
+            try:
+                self._handle = serve.get_app_handle(self._app_name)
+            except RayServeException as error:
+                raise RewardError(f"the reward app {self._app_name!r} is not running: {_describe(error)}") from error
+        return cast(DeploymentResponse, self._handle.score.remote(texts, prompts, self._calibrations))
+
+
+def texts_to_read(texts: list[str], prompts: list[str] | None, config: RewardConfig) -> list[str]:
+    """What the classifiers read: the responses, or each prompt with its response.
+
+    Raises:
+        RewardError: the configuration wants prompts and there are none, or not as many as responses.
+    """
+    if config.text == "response":
+        return texts
+    if prompts is None or len(prompts) != len(texts):
+        raise RewardError(
+            f"reward.text=prompt_and_response needs a prompt for each of the {len(texts)} responses, "
+            f"got {'none' if prompts is None else len(prompts)}"
+        )
+    return [_join(prompt, response) for prompt, response in zip(prompts, texts, strict=True)]
+
+
+def build_reward_app(config: RewardConfig) -> serve.Application:
+    """The Serve application; its ingress is the ensemble, for handles only.
+
+    Raises:
+        ConfigError, ModelError: a classifier cannot be loaded, as far as `check_classifier` can tell.
+    """
+    for classifier in config.classifiers:
+        check_classifier(classifier)
+    runtime_env = _replica_runtime_env()
+    members = {
+        c.name: serve.deployment(
+            name=f"classifier-{c.name}",
+            num_replicas=c.replicas,
+            max_ongoing_requests=1,
+            health_check_period_s=2,
+            graceful_shutdown_timeout_s=5,
+            graceful_shutdown_wait_loop_s=0.2,
+            max_constructor_retry_count=2,
+            ray_actor_options={"num_cpus": c.num_cpus, "num_gpus": c.num_gpus, "runtime_env": runtime_env},
+        )(ClassifierDeployment).bind(c)
+        for c in config.classifiers
+    }
+    return serve.deployment(
+        name=ENSEMBLE,
+        max_ongoing_requests=100,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
+    )(EnsembleDeployment).bind(config, members)
+
+
+def deploy_reward_app(config: RewardConfig, app_name: str) -> DeploymentHandle:
+    """Runs the reward app, without an HTTP route, and returns its handle when every replica is ready.
+
+    Serve is started without proxies, so that no port opens, unless it already runs on this Ray.
+
+    Raises:
+        ConfigError, ModelError: as `build_reward_app`.
+        RewardError: a replica does not start; the app is deleted again.
+    """
+    app = build_reward_app(config)
+    serve.start(proxy_location="Disabled", logging_config=QUIET)
+    target = serve.RunTarget(app, name=app_name, route_prefix=None, logging_config=QUIET)
+    [handle] = serve.run_many([target], wait_for_applications_running=False)
+    try:
+        _wait_until_running(app_name)
+    except BaseException:
+        serve.delete(app_name)
+        raise
+    return handle
+
+
+def fit_and_apply_calibration(
+    config: RewardConfig, app_name: str, texts: Sequence[str], prompts: Sequence[str] | None = None
+) -> RewardConfig:
+    """`config` with every `fit` replaced by the mean and spread of that member's scores of `texts`.
+
+    `texts` are N >= 2 responses of the untrained policy, `prompts` what they answer (for `text: prompt_and_response`).
+    Give the result to `RewardClient`; the running app is not touched.
+
+    Raises:
+        RewardError: as `EnsembleDeployment.score` and `fit_calibration`.
+    """
+    to_fit = [c.name for c in config.classifiers if c.calibration == "fit"]
+    if not to_fit:
+        return config
+    unscaled = with_calibrations(config, dict.fromkeys(to_fit, UNCALIBRATED))
+    scores = RewardClient(app_name, unscaled).score(texts, prompts)
+    fitted = {name: fit_calibration(name, np.array([s.per_classifier[name] for s in scores])) for name in to_fit}
+    for name, calibration in fitted.items():
+        logger.info(
+            "classifier %r: mean %.4f, std %.4f over %d texts", name, calibration.mean, calibration.std, len(texts)
+        )
+    return with_calibrations(config, fitted)
+
+
+def delete_reward_app(app_name: str) -> None:
+    """Stops the replicas of the app; Serve itself, and other apps on it, stay."""
+    serve.delete(app_name)
+
+
+def _wait_until_running(app_name: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        app = serve.status().applications.get(app_name)
+        if app is not None and app.status == ApplicationStatus.RUNNING:
+            return
+        failed = app is not None and app.status == ApplicationStatus.DEPLOY_FAILED
+        if failed or time.monotonic() > deadline:
+            waiting = {} if app is None else {n: d for n, d in app.deployments.items() if d.status != "HEALTHY"}
+            reasons = "; ".join(f"{name}: {_last_line(d.message) or d.status.value}" for name, d in waiting.items())
+            raise RewardError(f"the reward app {app_name!r} does not start: {reasons or 'no reason given by Serve'}")
+        time.sleep(0.1)
+
+
+def _replica_runtime_env() -> dict[str, Any]:
+    """The job's runtime environment plus ours; Serve does not merge the two itself."""
+    job: Mapping[str, Any] = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
+    return {**job, "env_vars": {**job.get("env_vars", {}), **REPLICA_ENV}}
+
+
+async def _answer(response: DeploymentResponse) -> list[float]:
+    return await response
+
+
+def _checked(name: str, values: list[float], expected: int) -> np.ndarray:
+    """`values` as `[expected] float32`; raises RewardError unless there are as many and all are finite."""
+    scores = np.asarray(values, dtype=np.float32)
+    if scores.shape != (expected,):
+        raise RewardError(f"classifier {name!r} returned {scores.shape} scores for {expected} texts")
+    if not np.isfinite(scores).all():
+        raise RewardError(f"classifier {name!r} returned a score that is not finite")
+    return scores
+
+
+def _join(prompt: str, response: str) -> str:
+    """Prompt and response as one text; a decoded response has often lost the space it began with."""
+    glued = prompt and response and not prompt[-1].isspace() and response[0].isalnum()
+    return f"{prompt} {response}" if glued else prompt + response
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised in the replica, when Ray brought it here."""
+    return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, DetoxError):
+        return str(error)
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _last_line(message: str) -> str:
+    """The last line of a traceback, without the name of our own error classes."""
+    return re.sub(r"^detox_ray\.errors\.\w+: ", "", message.strip().split("\n")[-1].strip())

@@ -1,0 +1,55 @@
+"""Paths and small real models that several rooms' tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+VOCABULARY = 96
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The real data and models beside the checkout; tests that need them are skipped elsewhere."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("the shared data and models are not beside this checkout")
+    return SHARED
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character; `<eos>` is also the start token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = [chr(c) for c in range(32, 32 + VOCABULARY - 3)]
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "<pad>", "<unk>", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of 0.2M parameters with its tokenizer, as a folder in Hugging Face format."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,165 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from detox_ray.config import KLConfig, PolicyConfig, PPOConfig
+from detox_ray.errors import SyncError
+from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.policy.policy import Policy
+from detox_ray.policy.sequences import collate
+from detox_ray.records import Rollout
+
+pytestmark = pytest.mark.unit
+LAW = SamplingLaw(temperature=1.0, suppressed=(), samples_per_prompt=2, max_logprob_gap=1e-3)
+
+
+def learner(model: str, law: SamplingLaw = LAW, quantization: str = "none", **options: Any) -> PPO:
+    config = PPOConfig(**{"batch_size": 8, "epochs": 2, "minibatches": 2, "learning_rate": 1e-3, **options})
+    policy = Policy(PolicyConfig(model=model, quantization=quantization), torch.device("cpu"))
+    return PPO(policy, config, law, pad_id=1, total_steps=10, seed=0)
+
+
+def rollouts_of(ppo: PPO, seed: int = 0, count: int = 8) -> list[Rollout]:
+    """Responses with the log-probabilities the learner itself gives them."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(2, 96, rng.integers(1, 9)) for _ in range(count)]
+    responses = [rng.integers(2, 96, rng.integers(1, 13)) for _ in range(count)]
+    with torch.no_grad():
+        logprobs = ppo.policy(collate(prompts, responses, 1)).logprobs.numpy()
+    return [
+        Rollout(str(i // 2), "", p, r, logprobs[i, : len(r)].copy(), "", "stop", 0)
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+    ]
+
+
+def rewards_of(count: int = 8) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=count).astype(np.float32)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_every_trainable_parameter_changes_and_no_frozen_one(tiny_model: str, quantization: str) -> None:
+    ppo = learner(tiny_model, quantization=quantization)
+    trainable = set(ppo.policy.trainable())
+    before = {name: p.detach().clone() for name, p in ppo.policy.named_parameters()}
+    for step in range(2):
+        ppo.update(rollouts_of(ppo, step), rewards_of(), step, on_policy=True)
+    changed = {name for name, p in ppo.policy.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trainable
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_the_better_of_two_arms_becomes_likelier(tiny_model: str, estimator: str) -> None:
+    ppo = learner(tiny_model, estimator=estimator, kl=KLConfig(coefficient=0.0))
+    prompt = np.array([5, 6, 7])
+    arms = collate([prompt, prompt], [np.array([10]), np.array([20])], 1)
+    with torch.no_grad():
+        before = ppo.policy(arms).logprobs[:, 0]
+    rollouts = [
+        Rollout(str(i), "", prompt, np.array([arm]), np.array([before[j]], dtype=np.float32), "", "stop", 0)
+        for i in range(4)
+        for j, arm in enumerate([10, 20])
+    ]
+    ppo.update(rollouts, np.array([1.0, -1.0] * 4, dtype=np.float32), 0, on_policy=True)
+    with torch.no_grad():
+        after = ppo.policy(arms).logprobs[:, 0]
+    assert after[0] > before[0] + 0.01
+    assert after[1] < before[1] - 0.01
+
+
+def test_accumulated_gradients_are_those_of_the_whole_minibatch(tiny_model: str) -> None:
+    results = []
+    for pieces in (1, 4):
+        ppo = learner(tiny_model, gradient_accumulation=pieces, minibatches=1, epochs=1, kl=KLConfig(coefficient=0.1))
+        metrics = ppo.update(rollouts_of(ppo), rewards_of(), 0, on_policy=True)
+        results.append((metrics, ppo.policy.adapter(0).tensors))
+    (one, one_tensors), (four, four_tensors) = results
+    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
+    assert one["policy_loss"] == pytest.approx(four["policy_loss"], abs=1e-5)
+    for name, tensor in one_tensors.items():
+        assert np.abs(tensor - four_tensors[name]).max() < 1e-4
+
+
+def test_an_engine_that_is_another_policy_is_refused(tiny_model: str) -> None:
+    ppo = learner(tiny_model)
+    rollouts = rollouts_of(ppo)
+    for rollout in rollouts:
+        rollout.logprobs[:] += 0.01
+    with pytest.raises(SyncError, match=r"0\.01 nats a token.*max_logprob_gap"):
+        ppo.update(rollouts, rewards_of(), 0, on_policy=True)
+    metrics = ppo.update(rollouts, rewards_of(), 0, on_policy=False)
+    assert metrics["importance_mean"] == pytest.approx(math.exp(-0.01), rel=1e-4)
+
+
+def test_a_nan_from_the_engine_is_refused(tiny_model: str) -> None:
+    ppo = learner(tiny_model)
+    rollouts = rollouts_of(ppo)
+    rollouts[3].logprobs[0] = np.nan
+    with pytest.raises(SyncError):
+        ppo.update(rollouts, rewards_of(), 0, on_policy=True)
+
+
+def test_masked_end_tokens_are_masked_in_the_learner_too(tiny_model: str) -> None:
+    ppo = learner(tiny_model, law=SamplingLaw(1.0, (0,), 2, 1e-3))
+    rollouts = rollouts_of(ppo)
+    sequences = collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], 1)
+    with torch.no_grad():
+        masked = ppo.policy(sequences, suppressed=torch.tensor([0])).logprobs.numpy()
+    for rollout, row in zip(rollouts, masked, strict=True):
+        assert (row[: len(rollout.logprobs)] > rollout.logprobs).all()
+        rollout.logprobs[:] = row[: len(rollout.logprobs)]
+    assert ppo.update(rollouts, rewards_of(), 0, on_policy=True)["logprob_gap_max"] < 1e-4
+
+
+def test_metrics_equal_direct_computation(tiny_model: str) -> None:
+    ppo = learner(tiny_model)
+    ppo.update(rollouts_of(ppo), rewards_of(), 0, on_policy=True)
+    rollouts = rollouts_of(ppo, seed=5)
+    sequences = collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], 1)
+    with torch.no_grad():
+        now = ppo.policy(sequences, entropy="value")
+        reference = ppo.policy(sequences, reference=True)
+    metrics = ppo.update(rollouts, rewards_of(), 1, on_policy=True)
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    assert metrics["kl"] == pytest.approx((now.logprobs - reference.logprobs).sum().item() / 8, rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(now.entropy.sum().item() / tokens, rel=1e-5)
+    assert metrics["response_length"] == pytest.approx(tokens / 8)
+
+
+def test_updates_stop_beyond_target_kl(tiny_model: str) -> None:
+    ppo = learner(tiny_model, target_kl=1e-6, epochs=4, learning_rate=1e-2)
+    assert ppo.update(rollouts_of(ppo), rewards_of(), 0, on_policy=True)["updates"] < 8
+
+
+def test_a_learner_restored_from_its_state_continues_as_if_nothing_had_happened(tiny_model: str, tmp_path: Path) -> None:
+    first = learner(tiny_model, kl=KLConfig(coefficient=0.1, adaptive=True))
+    first.update(rollouts_of(first), rewards_of(), 0, on_policy=True)
+    second = learner(tiny_model, kl=KLConfig(coefficient=0.1, adaptive=True))
+    second.policy.load(first.policy.adapter(0))
+    torch.save(first.state(), tmp_path / "learner.pt")
+    second.load_state(torch.load(tmp_path / "learner.pt", weights_only=True))
+    for ppo in (first, second):
+        ppo.update(rollouts_of(ppo, seed=3), rewards_of(), 1, on_policy=True)
+    assert first.policy.adapter(1).digest == second.policy.adapter(1).digest
+    assert first.kl_controller.coefficient == second.kl_controller.coefficient
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_bitsandbytes_optimisers_step(tiny_model: str, optimizer: str) -> None:
+    ppo = learner(tiny_model, optimizer=optimizer)
+    before = ppo.policy.adapter(0).digest
+    metrics = ppo.update(rollouts_of(ppo), rewards_of(), 0, on_policy=True)
+    assert ppo.policy.adapter(0).digest != before
+    assert math.isfinite(metrics["policy_loss"])
+
+
+def test_learning_rate_warms_up_and_falls(tiny_model: str) -> None:
+    ppo = learner(tiny_model, warmup_steps=2, schedule="linear", learning_rate=1e-3)
+    rates = []
+    for step in (0, 1, 5):
+        ppo._set_learning_rate(step)
+        rates.append(ppo.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5e-3, 0.9e-3, 0.5e-3])

@@ -1,0 +1,172 @@
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from detox_ray.config import LoraConfig, PolicyConfig
+from detox_ray.errors import ModelError
+from detox_ray.policy.adapter import content_digest, load_adapter, save_adapter
+from detox_ray.policy.load import load_tokenizer, write_dequantized_base
+from detox_ray.policy.policy import Policy, canary_of
+from detox_ray.policy.sequences import Sequences, collate
+
+pytestmark = pytest.mark.unit
+CPU = torch.device("cpu")
+
+
+def policy_of(model: str, quantization: str = "none", random_adapter: bool = True, **options) -> Policy:
+    config = PolicyConfig(model=model, quantization=quantization, lora=LoraConfig(rank=4, alpha=8), **options)
+    policy = Policy(config, CPU)
+    if random_adapter:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in policy.trainable().items():
+                if "lora_B" in name or "value_head" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return policy
+
+
+def batch() -> Sequences:
+    rng = np.random.default_rng(0)
+    lengths = [(3, 5), (40, 1), (1, 12), (150, 9)]
+    return collate([rng.integers(2, 96, p) for p, _ in lengths], [rng.integers(2, 96, r) for _, r in lengths], pad_id=1)
+
+
+def transformers_logprobs(model, sequences: Sequences) -> list[torch.Tensor]:
+    """Sequence by sequence, without padding, from the model's own logits."""
+    rows = []
+    for ids, p, r in zip(sequences.input_ids, sequences.prompt_lengths, sequences.response_lengths, strict=True):
+        ids = ids[: p + r]
+        with torch.no_grad():
+            logprobs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        rows.append(logprobs[p - 1 : -1].gather(1, ids[p:, None])[:, 0])
+    return rows
+
+
+def assert_rows_close(found: torch.Tensor, expected: list[torch.Tensor], tolerance: float = 1e-4) -> None:
+    for row, values in zip(found, expected, strict=True):
+        assert torch.allclose(row[: len(values)], values, atol=tolerance)
+        assert (row[len(values) :] == 0).all()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_logprobs_equal_those_of_transformers_on_the_dequantised_base(
+    tiny_model: str, tmp_path: Path, quantization: str
+) -> None:
+    policy = policy_of(tiny_model, quantization)
+    folder: str | Path = tiny_model
+    if quantization != "none":
+        folder = write_dequantized_base(PolicyConfig(model=tiny_model, quantization=quantization), tmp_path / "base")
+    save_adapter(policy.adapter(0), tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    assert_rows_close(policy(batch(), reference=True).logprobs, transformers_logprobs(base, batch()))
+    tuned = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert_rows_close(policy(batch()).logprobs, transformers_logprobs(tuned, batch()))
+    assert np.allclose(policy.canary(150).logprobs, canary_of(tuned, 150).logprobs, atol=1e-4)
+
+
+def test_nf4_is_not_the_original(tiny_model: str) -> None:
+    difference = policy_of(tiny_model, "nf4")(batch()).logprobs - policy_of(tiny_model)(batch()).logprobs
+    assert difference.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_gradients_are_the_same_after_a_scoring_pass(tiny_model: str, quantization: str) -> None:
+    policy = policy_of(tiny_model, quantization)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        policy.zero_grad()
+        policy(batch()).logprobs.sum().backward()
+        return {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
+
+    before = gradients()
+    policy.eval()
+    with torch.no_grad():
+        policy(batch(), reference=True)
+        policy(batch(), entropy="value")
+    policy.train()
+    after = gradients()
+    assert before.keys() == after.keys()
+    for name, gradient in before.items():
+        assert torch.allclose(gradient, after[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_nf4_gradients_point_where_those_of_the_dequantised_base_do(tiny_model: str, tmp_path: Path) -> None:
+    folder = write_dequantized_base(PolicyConfig(model=tiny_model), tmp_path / "base")
+    flat = []
+    for policy in (policy_of(tiny_model, "nf4"), policy_of(str(folder))):
+        with torch.no_grad():
+            policy(batch())
+        policy(batch()).logprobs.sum().backward()
+        flat.append(torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
+    assert torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0) > 0.9999
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: str) -> None:
+    results = []
+    for checkpointing in (False, True):
+        policy = policy_of(tiny_model, gradient_checkpointing=checkpointing)
+        policy(batch()).logprobs.sum().backward()
+        results.append({n: p.grad for n, p in policy.trainable().items() if p.grad is not None})
+    for name, gradient in results[0].items():
+        assert torch.allclose(gradient, results[1][name], atol=1e-4), name
+
+
+def test_only_adapter_and_value_head_train(tiny_model: str) -> None:
+    names = policy_of(tiny_model).trainable()
+    assert all("lora_" in name or name.startswith("value_head") for name in names)
+    assert sum("lora_A" in name for name in names) == 2 * 7
+
+
+def test_entropy_is_that_of_the_distribution(tiny_model: str) -> None:
+    policy = policy_of(tiny_model)
+    sequences = batch().rows(torch.tensor([2]))
+    with torch.no_grad():
+        logits = policy.model(input_ids=sequences.input_ids).logits[0, :12]
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert torch.allclose(policy(sequences, entropy="value").entropy[0], expected, atol=1e-4)
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    other = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, eos_token_id=0
+    )
+    LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
+    save_adapter(policy_of(str(tmp_path / "other")).adapter(0), tmp_path / "adapter")
+    with pytest.raises(ModelError, match="does not fit the base"):
+        policy_of(tiny_model, adapter=str(tmp_path / "adapter"))
+
+
+def test_a_saved_adapter_is_the_adapter(tiny_model: str, tmp_path: Path) -> None:
+    adapter = policy_of(tiny_model).adapter(3)
+    save_adapter(adapter, tmp_path / "adapter")
+    loaded = load_adapter(tmp_path / "adapter", 3)
+    assert loaded.digest == adapter.digest == content_digest(loaded.peft_config, loaded.tensors)
+    changed = copy.deepcopy(loaded.tensors)
+    next(iter(changed.values()))[0, 0] += 1e-6
+    assert content_digest(loaded.peft_config, changed) != adapter.digest
+
+
+def test_a_broken_adapter_file_is_one_clear_error(tiny_model: str, tmp_path: Path) -> None:
+    save_adapter(policy_of(tiny_model).adapter(0), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_model_errors_name_the_value_and_the_fix(tiny_model: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        load_tokenizer(PolicyConfig(model=str(tmp_path / "nowhere")))
+    tokenizer = load_tokenizer(PolicyConfig(model=tiny_model))
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "no-pad")
+    with pytest.raises(ModelError, match=r"no pad token.*policy\.pad_token='<eos>'"):
+        load_tokenizer(PolicyConfig(model=str(tmp_path / "no-pad")))
+    assert load_tokenizer(PolicyConfig(model=str(tmp_path / "no-pad"), pad_token="<eos>")).pad_token_id == 0
+    with pytest.raises(ModelError, match="lora.targets"):
+        Policy(PolicyConfig(model=tiny_model, lora=LoraConfig(targets=["nonsense"])), CPU)

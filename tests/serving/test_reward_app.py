@@ -1,0 +1,236 @@
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from detox_ray.config import Calibration, ClassifierConfig, RewardConfig
+from detox_ray.errors import ConfigError, RewardError
+from detox_ray.rewards.classifiers import load_classifier
+from detox_ray.serving.reward_app import (
+    RewardClient,
+    delete_reward_app,
+    deploy_reward_app,
+    fit_and_apply_calibration,
+    texts_to_read,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("local_ray")]
+
+APP = "reward-test"
+TEXTS = ["you are a stupid idiot", "thank you for the kind help", "", "shut up fool", "have a nice day"]
+
+
+def linear(function: str, name: str | None = None, **changes) -> ClassifierConfig:
+    settings = {"calibration": "none", "output": "probability", **changes}
+    return ClassifierConfig(name=name or function, kind="linear", model=f"faulty:{function}", **settings)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_classifier: Path) -> RewardConfig:
+    return RewardConfig(
+        classifiers=[
+            ClassifierConfig(name="tiny", kind="transformers", model=str(tiny_classifier), num_cpus=0.1),
+            ClassifierConfig(
+                name="words", kind="linear", model="profanity_check:predict_prob", calibration="none", replicas=2
+            ),
+        ],
+        timeout_s=60,
+    )
+
+
+@pytest.fixture(scope="module")
+def reward_app(config: RewardConfig, local_ray: Path) -> Iterator[RewardConfig]:
+    """The app, and its configuration with the fitted calibration."""
+    deploy_reward_app(config, APP)
+    yield fit_and_apply_calibration(config, APP, TEXTS)
+    delete_reward_app(APP)
+
+
+@pytest.fixture
+def deploy(local_ray: Path) -> Iterator[Callable[[RewardConfig], RewardClient]]:
+    """Deploys an app for one test."""
+
+    def deploy(config: RewardConfig) -> RewardClient:
+        deploy_reward_app(config, "one-test")
+        return RewardClient("one-test", config)
+
+    yield deploy
+    delete_reward_app("one-test")
+
+
+def replica_pids(app: str, deployment: str) -> set[int]:
+    title = f"ServeReplica:{app}:{deployment}"
+    return {p.pid for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])}
+
+
+def expected_scores(config: RewardConfig) -> list[float]:
+    """The mean of the calibrated members, without Ray."""
+    columns = []
+    for classifier in config.classifiers:
+        scores = load_classifier(classifier).score(TEXTS)
+        if isinstance(classifier.calibration, Calibration):
+            scores = (scores - classifier.calibration.mean) / classifier.calibration.std
+        columns.append(scores)
+    return list(np.mean(columns, axis=0))
+
+
+def test_calibration_is_fitted_on_the_running_app(reward_app: RewardConfig, config: RewardConfig) -> None:
+    raw = load_classifier(config.classifiers[0]).score(TEXTS)
+    fitted = reward_app.classifiers[0].calibration
+    assert isinstance(fitted, Calibration)
+    assert (fitted.mean, fitted.std) == pytest.approx((raw.mean(), raw.std()), rel=1e-4)
+    assert reward_app.classifiers[1].calibration == "none"
+    scores = RewardClient(APP, reward_app).score(TEXTS)
+    tiny = np.array([score.per_classifier["tiny"] for score in scores])
+    assert (tiny.mean(), tiny.std()) == pytest.approx((0, 1), abs=1e-4)
+
+
+def test_fitting_restarts_no_replica(reward_app: RewardConfig, config: RewardConfig) -> None:
+    before = replica_pids(APP, "classifier-tiny") | replica_pids(APP, "ensemble")
+    assert len(before) == 2
+    assert fit_and_apply_calibration(config, APP, TEXTS) == reward_app
+    assert replica_pids(APP, "classifier-tiny") | replica_pids(APP, "ensemble") == before
+
+
+def test_an_uncalibrated_configuration_scores_nothing(reward_app: RewardConfig, config: RewardConfig) -> None:
+    with pytest.raises(RewardError, match="'tiny' is not calibrated"):
+        RewardClient(APP, config)
+    with pytest.raises(RewardError, match="'tiny' is not calibrated"):
+        serve.get_app_handle(APP).score.remote(TEXTS).result(timeout_s=30)
+
+
+def test_scores_equal_the_classifiers_without_serve(reward_app: RewardConfig) -> None:
+    scores = RewardClient(APP, reward_app).score(TEXTS)
+    assert [s.reward for s in scores] == pytest.approx(expected_scores(reward_app), abs=1e-4)
+    assert scores[0].reward < scores[1].reward
+    raw = serve.get_app_handle(APP).raw_scores.remote(TEXTS).result(timeout_s=30)
+    for classifier in reward_app.classifiers:
+        np.testing.assert_allclose(raw[classifier.name], load_classifier(classifier).score(TEXTS), atol=1e-5)
+
+
+def test_toxicity_and_no_text(reward_app: RewardConfig) -> None:
+    assert RewardClient(APP, reward_app).score([]) == []
+    toxicity = serve.get_app_handle(APP).toxicity.remote(TEXTS).result(timeout_s=30)
+    assert toxicity["tiny"][0] > 0.5 > toxicity["tiny"][1]
+
+
+def test_scores_may_be_collected_late(reward_app: RewardConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detox_ray.serving.reward_app.CLIENT_GRACE_S", 0.0)
+    client = RewardClient(APP, reward_app.model_copy(update={"timeout_s": 0.5}))
+    pending = client.submit(TEXTS)
+    time.sleep(1)
+    assert len(client.result(pending)) == len(TEXTS)
+
+
+def test_no_port_is_opened(reward_app: RewardConfig) -> None:
+    assert serve.status().proxies == {}
+
+
+def test_client_inside_a_ray_actor(reward_app: RewardConfig) -> None:
+    @ray.remote(num_cpus=0.1)
+    class Learner:
+        def __init__(self, client: RewardClient) -> None:
+            self._client = client
+
+        def rewards(self, texts: list[str]) -> list[float]:
+            first, second = self._client.submit(texts), self._client.submit(texts[::-1])
+            assert [s.reward for s in self._client.result(second)][::-1] == pytest.approx(
+                [s.reward for s in self._client.result(first)], abs=1e-4
+            )
+            return [s.reward for s in self._client.score(texts)]
+
+    used = RewardClient(APP, reward_app)
+    used.score(TEXTS)
+    learner = Learner.remote(pickle.loads(pickle.dumps(used)))
+    rewards = ray.get(learner.rewards.remote(TEXTS), timeout=60)
+    ray.kill(learner)
+    assert rewards == pytest.approx(expected_scores(reward_app), abs=1e-4)
+
+
+@pytest.mark.parametrize("deployment", ["classifier-tiny", "ensemble"])
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_killed_replica_costs_only_time(reward_app: RewardConfig, deployment: str, in_flight: bool) -> None:
+    client = RewardClient(APP, reward_app)
+    texts = TEXTS * (2000 if in_flight else 1)
+    expected = [s.reward for s in client.score(TEXTS)] * (2000 if in_flight else 1)
+    [pid] = replica_pids(APP, deployment)
+    killer = threading.Timer(0.3 if in_flight else 0.0, psutil.Process(pid).kill)
+    killer.start()
+    if not in_flight:
+        killer.join()
+    scores = client.score(texts)
+    assert not killer.is_alive()
+    assert [s.reward for s in scores] == pytest.approx(expected, abs=1e-4)
+    assert replica_pids(APP, deployment) != {pid}
+
+
+def test_a_member_that_fails_twice_is_asked_again(deploy: Callable) -> None:
+    client = deploy(RewardConfig(classifiers=[linear("rude_words"), linear("fails_twice")], retries=2))
+    assert [s.reward for s in client.score(["you idiot", "friend"])] == pytest.approx([0.1, 0.8])
+
+
+def test_a_member_that_keeps_failing_is_an_error_with_its_name(deploy: Callable) -> None:
+    client = deploy(RewardConfig(classifiers=[linear("rude_words"), linear("always_fails")], retries=1))
+    with pytest.raises(RewardError, match="'always_fails' failed 2 times: ConnectionError: the line is down"):
+        client.score(["friend"])
+
+
+def test_answers_that_are_not_scores_and_answers_that_do_not_come(deploy: Callable) -> None:
+    client = deploy(RewardConfig(classifiers=[linear("rude_words"), linear("not_finite")], retries=0))
+    with pytest.raises(RewardError, match=r"'not_finite'.*not finite"):
+        client.score(["friend"])
+    client = deploy(RewardConfig(classifiers=[linear("rude_words"), linear("slow")], timeout_s=1))
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"'slow' did not answer within reward\.timeout_s=1 s"):
+        client.score(["friend"])
+    assert time.monotonic() - start < 3
+
+
+def test_a_constant_classifier_cannot_be_calibrated(deploy: Callable) -> None:
+    config = RewardConfig(classifiers=[linear("length", calibration="fit"), linear("constant", calibration="fit")])
+    deploy_reward_app(config, "one-test")
+    with pytest.raises(RewardError, match="'constant'"):
+        fit_and_apply_calibration(config, "one-test", TEXTS)
+
+
+def test_prompts_are_read_when_the_configuration_says_so(deploy: Callable) -> None:
+    config = RewardConfig(classifiers=[linear("length")], text="prompt_and_response")
+    client = deploy(config)
+    [score] = client.score(["friend"], ["hello my"])
+    assert score.reward == pytest.approx(1 - len("hello my friend") / 100)
+    with pytest.raises(RewardError, match="needs a prompt"):
+        client.score(["friend"])
+    assert texts_to_read(["!", " b", ""], ["a", "a", "a"], config) == ["a!", "a b", "a"]
+
+
+def test_a_replica_that_cannot_start(tiny_classifier: Path, tmp_path: Path, local_ray: Path) -> None:
+    with pytest.raises(ConfigError, match="neutral"):
+        deploy_reward_app(
+            RewardConfig(
+                classifiers=[
+                    ClassifierConfig(name="t", kind="transformers", model=str(tiny_classifier), label="unknown")
+                ]
+            ),
+            "never",
+        )
+    assert "never" not in serve.status().applications
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((tiny_classifier / file).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    broken = ClassifierConfig(name="broken", kind="transformers", model=str(tmp_path))
+    with pytest.raises(RewardError, match=r"'broken'"):
+        deploy_reward_app(RewardConfig(classifiers=[broken]), "never")
+    assert "never" not in serve.status().applications
+
+
+def test_an_app_that_is_not_running() -> None:
+    config = RewardConfig(classifiers=[linear("rude_words")])
+    with pytest.raises(RewardError, match="'absent' is not running"):
+        RewardClient("absent", config).score(["friend"])
