@@ -1,5 +1,7 @@
 """Paths and small real models that several rooms' tests share."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,26 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("the shared data and models are not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[Path]:
+    """One local Ray of two CPUs for all tests that talk to it directly; yields its session folder."""
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        os.environ[name] = "0"
+    import ray
+    from ray import serve
+
+    context = ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent / "serving"), "OMP_NUM_THREADS": "1"}},
+    )
+    yield Path(context.address_info["session_dir"])
+    serve.shutdown()
+    ray.shutdown()
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

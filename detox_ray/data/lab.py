@@ -75,6 +75,18 @@ def build_lab(seed: int = 0, progress: Progress | None = None) -> Path:
     return folder
 
 
+def lab_source(source: str) -> Path:
+    """The prompts file that `lab:prompts` names.
+
+    Raises:
+        ConfigError: `source` is another `lab:...`.
+        DataError: as `build_lab`.
+    """
+    if source != f"{LAB_PREFIX}prompts":
+        raise ConfigError(f"data.source = {source!r} is no set of prompts; give {LAB_PREFIX}prompts or a file")
+    return lab_path("prompts")
+
+
 def remove_lab() -> bool:
     """Removes the labs of every version and seed from the cache folder; whether there was one."""
     if not _cache().is_dir():

@@ -27,9 +27,7 @@ def _lines(block: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in block.strip().splitlines())
 
 
-_NAMES = _words("""
-        Ana Ben Carl Dora Emma Finn Greta Hugo Ivy Jack Lena Mia Nora Oscar Paul Rosa Sam Tom Vera Will
-    """)
+_NAMES = _words("Ana Ben Carl Dora Emma Finn Greta Hugo Ivy Jack Lena Mia Nora Oscar Paul Rosa Sam Tom Vera Will")
 
 _SLOTS: dict[str, tuple[str, ...]] = {
     "topic": _words("""
@@ -93,12 +91,8 @@ _SLOTS: dict[str, tuple[str, ...]] = {
         our manager
         the baker
     """),
-    "insult": _words("""
-        idiot moron loser fool jerk dumbass
-    """),
-    "slight": _words("""
-        stupid dumb pathetic idiotic crappy moronic
-    """),
+    "insult": _words("idiot moron loser fool jerk dumbass"),
+    "slight": _words("stupid dumb pathetic idiotic crappy moronic"),
 }
 
 _LEADS = _lines("""

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -42,15 +43,18 @@ def token_logprobs(
         return empty, empty
 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float() / temperature
+        logits = head(hidden).float()
+        if temperature != 1.0:
+            logits = logits / temperature
         if suppressed is not None:
             logits = logits.index_fill(1, suppressed, torch.finfo(logits.dtype).min)
-        normalizer = logits.logsumexp(dim=1)
-        logprobs = logits.gather(1, targets[:, None])[:, 0] - normalizer
         if entropy == "none":
+            logprobs = -F.cross_entropy(logits, targets, reduction="none")
             return logprobs, torch.zeros_like(logprobs)
+        distribution = logits.log_softmax(dim=1)
         with nullcontext() if entropy == "gradient" else torch.no_grad():
-            return logprobs, normalizer - ((logits - normalizer[:, None]).exp() * logits).sum(dim=1)
+            entropies = -(distribution.exp() * distribution).sum(dim=1)
+        return distribution.gather(1, targets[:, None])[:, 0], entropies
 
     size = max(1, max_logits // vocabulary_size(head, hidden))
     if hidden.shape[0] <= size:

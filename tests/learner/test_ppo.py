@@ -134,7 +134,9 @@ def test_updates_stop_beyond_target_kl(tiny_model: str) -> None:
     assert ppo.update(rollouts_of(ppo), rewards_of(), 0, on_policy=True)["updates"] < 8
 
 
-def test_a_learner_restored_from_its_state_continues_as_if_nothing_had_happened(tiny_model: str, tmp_path: Path) -> None:
+def test_a_learner_restored_from_its_state_continues_as_if_nothing_had_happened(
+    tiny_model: str, tmp_path: Path
+) -> None:
     first = learner(tiny_model, kl=KLConfig(coefficient=0.1, adaptive=True))
     first.update(rollouts_of(first), rewards_of(), 0, on_policy=True)
     second = learner(tiny_model, kl=KLConfig(coefficient=0.1, adaptive=True))

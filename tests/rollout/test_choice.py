@@ -1,0 +1,50 @@
+import pytest
+
+from detox_ray.config import RolloutConfig
+from detox_ray.errors import ConfigError
+from detox_ray.records import Prompt
+from detox_ray.rollout import engine
+from detox_ray.rollout.engine import choose_engine
+from detox_ray.rollout.schedule import PromptSchedule
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("LlamaForCausalLM", ("vllm", "merged")),
+        ("Qwen3ForCausalLM", ("vllm", "merged")),
+        ("GPT2LMHeadModel", ("vllm", "merged")),
+        ("GPTNeoXForCausalLM", ("vllm", "merged")),
+        ("GPTNeoForCausalLM", ("transformers", "adapter")),
+    ],
+)
+def test_auto_knows_what_vllm_serves(architecture: str, expected: tuple[str, str]) -> None:
+    pytest.importorskip("vllm.version", reason="vLLM is not installed")
+    kind, sync, reason = choose_engine(RolloutConfig(), architecture)
+    assert (kind, sync) == expected
+    assert architecture in reason
+
+
+def test_without_vllm_transformers_is_chosen_and_vllm_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_vllm_architectures", lambda: None)
+    assert choose_engine(RolloutConfig(), "LlamaForCausalLM") == ("transformers", "adapter", "vLLM is not installed")
+    with pytest.raises(ConfigError, match="vLLM is not installed; install"):
+        choose_engine(RolloutConfig(engine="vllm"), "LlamaForCausalLM")
+
+
+def test_vllm_for_what_it_does_not_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_vllm_architectures", lambda: '"LlamaForCausalLM": ("llama", "LlamaForCausalLM")')
+    with pytest.raises(ConfigError, match="does not serve GPTNeoForCausalLM; set rollout.engine=transformers"):
+        choose_engine(RolloutConfig(engine="vllm"), "GPTNeoForCausalLM")
+
+
+def test_the_schedule_passes_over_all_prompts_and_needs_no_state() -> None:
+    prompts = [Prompt(str(i), str(i), (i,)) for i in range(10)]
+    schedule = PromptSchedule(prompts, per_step=4, seed=1)
+    seen = [p.id for step in range(5) for p in schedule(step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in prompts)
+    assert seen[:10] != seen[10:]
+    assert PromptSchedule(prompts, 4, 1)(3) == schedule(3)
+    assert PromptSchedule(prompts, 4, 2)(0) != schedule(0)

@@ -1,0 +1,132 @@
+"""The engines, in worker actors, against plain `peft` on the same base: before and after pushes, past a cache block."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
+from detox_ray.errors import SyncError
+from detox_ray.policy.adapter import Adapter, save_adapter
+from detox_ray.policy.load import write_dequantized_base
+from detox_ray.policy.policy import Policy, canary_of
+from detox_ray.records import Prompt, Rollout, Sampling
+from detox_ray.rollout.engine import EngineSpec
+from detox_ray.rollout.stream import canary_gap
+from detox_ray.rollout.worker import start_workers, stop_workers
+
+pytestmark = pytest.mark.e2e
+TOLERANCE = 1e-4
+PUSHES = 3
+ENGINES = [("vllm", "merged"), ("vllm", "adapter"), ("transformers", "adapter")]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: str) -> Policy:
+    return Policy(PolicyConfig(model=tiny_model, lora=LoraConfig(rank=4)), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_dequantized_base(PolicyConfig(model=tiny_model), tmp_path_factory.mktemp("engines") / "base"))
+
+
+@pytest.fixture(scope="module", params=ENGINES, ids=lambda p: "-".join(p))
+def worker(request: pytest.FixtureRequest, base: str, local_ray: Path) -> Any:
+    kind, sync = request.param
+    if kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    spec = EngineSpec(kind, sync, base, None, "float32", 384, (0,), 1, 4, 8, 64)
+    workers = start_workers(spec, RolloutConfig(num_cpus=0.5))
+    yield workers[0]
+    stop_workers(workers)
+
+
+def random_adapter(policy: Policy, version: int) -> Adapter:
+    generator = torch.Generator().manual_seed(version)
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return policy.adapter(version)
+
+
+def prompts() -> list[Prompt]:
+    """The same short and long ones after every push; the long ones share whole cache blocks."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(2, 96, 300).tolist()
+    return [Prompt(str(n), "", (0, *shared[:n])) for n in (3, 40, 140, 260, 300)]
+
+
+def largest_difference(rollouts: list[Rollout], model: Any, suppressed: tuple[int, ...] = ()) -> float:
+    worst = 0.0
+    for rollout in rollouts:
+        ids = torch.from_numpy(np.concatenate([rollout.prompt_ids, rollout.response_ids]))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        logits[:, list(suppressed)] = -torch.inf
+        expected = logits.log_softmax(-1).gather(1, ids[len(rollout.prompt_ids) :, None])[:, 0]
+        worst = max(worst, float((expected - torch.from_numpy(rollout.logprobs)).abs().max()))
+    return worst
+
+
+def test_logprobs_are_those_of_peft_before_and_after_every_push(
+    worker: Any, policy: Policy, base: str, tmp_path: Path
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    sampling = Sampling(max_new_tokens=12, seed=5)
+    part = ray.get(worker.generate.remote(prompts(), 2, sampling))
+    assert {r.adapter_version for r in part.rollouts} == {-1}
+    assert largest_difference(part.rollouts, model) <= TOLERANCE
+    for version in range(PUSHES):
+        adapter = random_adapter(policy, version)
+        save_adapter(adapter, tmp_path / "adapter")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+        canary = canary_of(model, 150)
+        acknowledged = ray.get(worker.apply.remote(ray.put(adapter), canary.prefixes))
+        assert (acknowledged.version, acknowledged.digest) == (version, adapter.digest)
+        assert canary_gap(acknowledged.canary, canary) <= TOLERANCE
+        part = ray.get(worker.generate.remote(prompts(), 2, sampling))
+        assert {r.adapter_version for r in part.rollouts} == {version}
+        assert largest_difference(part.rollouts, model) <= TOLERANCE
+        # The adapter of the version before is far away: the check above can fail.
+        assert largest_difference(part.rollouts, AutoModelForCausalLM.from_pretrained(base)) > 0.05
+    with pytest.raises(SyncError, match="not newer"):
+        ray.get(worker.apply.remote(adapter, canary.prefixes))
+    damaged = Adapter(PUSHES, adapter.digest, adapter.peft_config, {**adapter.tensors})
+    name = next(iter(damaged.tensors))
+    damaged.tensors[name] = damaged.tensors[name] + 1
+    with pytest.raises(SyncError, match="arrived with digest"):
+        ray.get(worker.apply.remote(damaged, canary.prefixes))
+    ended(worker, model)
+    fixed(worker, model)
+
+
+def ended(worker: Any, model: Any) -> None:
+    rollouts = ray.get(worker.generate.remote(prompts()[:2], 64, Sampling(max_new_tokens=32, seed=1))).rollouts
+    stopped = [r for r in rollouts if r.finish_reason == "stop"]
+    assert stopped
+    assert all(r.response_ids[-1] == 0 and 0 not in r.response_ids[:-1] for r in stopped)
+    assert all(len(r.response_ids) == 32 and 0 not in r.response_ids for r in rollouts if r.finish_reason == "length")
+    assert all(len(r.text) == len(r.response_ids[r.response_ids > 1]) for r in rollouts if 2 not in r.response_ids)
+
+
+def fixed(worker: Any, model: Any) -> None:
+    """A masked end token: every response is whole, and its log-probabilities are those of the masked distribution."""
+    sampling = Sampling(max_new_tokens=20, fixed_length=True, temperature=0.8, seed=2)
+    rollouts = ray.get(worker.generate.remote(prompts()[:2], 16, sampling)).rollouts
+    assert all(len(r.response_ids) == 20 and 0 not in r.response_ids for r in rollouts)
+
+    class Warm(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            output = model(input_ids=input_ids)
+            output.logits = output.logits / 0.8
+            return output
+
+    assert largest_difference(rollouts, Warm(), suppressed=(0,)) <= TOLERANCE
