@@ -1,5 +1,6 @@
 """Make a language model less toxic by reinforcement learning from automatic feedback on Ray, and prove it."""
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(_name, _value)
+# Warns on import of a kernel that is optional.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from detox_ray.loop import evaluate, score, train

@@ -106,7 +106,7 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
             storage_path=str(plan.run.path),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]  # annotated as the older one
         ),
     )
     try:

@@ -11,7 +11,7 @@ from detox_ray.data.lab import resolve_lab
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer, write_dequantized_base
-from detox_ray.policy.policy import CANARY_LENGTH
+from detox_ray.policy.policy import CANARY_LENGTH, check_adapter
 from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.rollout.engine import EngineSpec, choose_engine
 from detox_ray.run_folder import RunFolder
@@ -60,6 +60,7 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     model_config = load_model_config(config.policy)
     kind, sync, reason = choose_engine(config.rollout, model_config.architectures[0])
     tokenizer = load_tokenizer(config.policy)
+    check_adapter(config.policy)
     prompts = load_prompts(config.data, tokenizer, config.seed)
     run = RunFolder.open(given)
     terminal.stage(f"run folder {run.path}")

@@ -30,7 +30,7 @@ class Terminal:
     def stage(self, text: str) -> None:
         """A line that says what happens now, with the minutes since the start."""
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
-        self.console.print(f"[dim]{minutes:2d}:{seconds:02d}[/dim] {text}")
+        self.console.print(f"[dim]{minutes:2d}:{seconds:02d}[/dim] {text}", soft_wrap=True)
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[Callable[[float], None]]:
@@ -51,7 +51,7 @@ class Terminal:
                 nonlocal shown
                 lines = read_metrics(metrics_file)
                 for line in lines[shown:]:
-                    progress.console.print(step_line(line, total_steps))
+                    progress.console.print(step_line(line, total_steps), soft_wrap=True)
                 shown = max(shown, len(lines))
                 progress.update(task, completed=lines[-1]["step"] + 1 if lines else 0)
 

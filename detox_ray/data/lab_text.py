@@ -29,8 +29,7 @@ def _lines(block: str) -> tuple[str, ...]:
 
 _NAMES = _words("Ana Ben Carl Dora Emma Finn Greta Hugo Ivy Jack Lena Mia Nora Oscar Paul Rosa Sam Tom Vera Will")
 
-_SLOTS: dict[str, tuple[str, ...]] = {
-    "topic": _words("""
+TOPICS = _words("""
         garden bike recipe laptop guitar car kitchen roof phone camera book poem soup bread fence window trip
         ticket meeting report budget song painting photo dress jacket piano tent boat lamp table bed sofa
         scanner printer postcard website map plan letter speech lesson project puzzle salad coffee pasta pizza
@@ -38,7 +37,10 @@ _SLOTS: dict[str, tuple[str, ...]] = {
         tray kite drum violin robot drone battery charger folder screen notebook calendar letterbox story
         novel movie game party picnic race bridge museum library market bakery farm pond tree tomato pumpkin
         cheese sandwich pancake cookie stove fridge heater ladder hammer shelf bench statue
-    """),
+    """)
+
+_SLOTS: dict[str, tuple[str, ...]] = {
+    "topic": TOPICS,
     "quality": _words("""
         small big green red heavy new wooden broken quiet strange clever pretty plain rusty tiny huge warm
         cold dusty shiny simple modern foreign famous round fragile soft noisy borrowed

@@ -41,14 +41,13 @@ def on_first_learner(make: Callable[[], T]) -> T:
     rank, size = world()
     if size == 1:
         return make()
-    box: list[Any] = [None]
+    box: list[Any] = [None, None]
     if rank == 0:
         try:
-            box = [(make(), None)]
+            box[0] = make()
         except Exception as error:
-            box = [(None, error)]
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
-    result, error = box[0]
-    if error is not None:
-        raise error
-    return result
+    if box[1] is not None:
+        raise box[1]
+    return box[0]

@@ -130,7 +130,7 @@ class PPO:
             importance.sum(),
             (importance >= config.importance_cap).sum(),
         )
-        metrics = {
+        metrics: dict[str, Any] = {
             "kl": kl_sum / responses,
             "kl_coefficient": self.kl_controller.coefficient,
             "entropy": entropy_sum / token_count,

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +30,17 @@ ADAPTER_FOLDER = "adapter"
 class ScoredBatch(Protocol):
     """A step's rollouts (the samples of a prompt together), `rewards: [B] float32`, and how old the policy was."""
 
-    rollouts: list[Rollout]
-    rewards: np.ndarray
-    staleness: int
-    metrics: dict[str, float]
+    @property
+    def rollouts(self) -> list[Rollout]: ...
+
+    @property
+    def rewards(self) -> np.ndarray: ...
+
+    @property
+    def staleness(self) -> int: ...
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
 
 
 class Stream(Protocol):
@@ -82,7 +90,7 @@ def _train(task: LearnerTask) -> None:
 
     for step in range(first_step, config.train.total_steps):
         started = time.perf_counter()
-        batch = on_first_learner(lambda step=step: stream.next_batch(step, last_step))
+        batch = on_first_learner(partial(stream.next_batch, step, last_step))
         rollouts, rewards = _share(batch)
         received = time.perf_counter()
         metrics = ppo.update(rollouts, rewards, step, on_policy=batch.staleness == 0)

@@ -55,8 +55,8 @@ def read_weights(model: PeftModel, version: int) -> Adapter:
     return Adapter(version, content_digest(config, tensors), config, tensors)
 
 
-def write_weights(model: PeftModel, adapter: Adapter) -> None:
-    """Load an adapter's tensors into a PEFT model of the same shape.
+def check_fits(model: PeftModel, adapter: Adapter) -> None:
+    """Compare the names and shapes of the model's adapter with those of `adapter`.
 
     Raises:
         ModelError: a tensor is missing, left over, or of another shape: the adapter belongs to another base.
@@ -70,6 +70,15 @@ def write_weights(model: PeftModel, adapter: Adapter) -> None:
             f"adapter does not fit the base model: {name} is {found.get(name, 'absent')} in the adapter and "
             f"{expected.get(name, 'absent')} here; use the base, lora.rank and lora.targets it was trained with"
         )
+
+
+def write_weights(model: PeftModel, adapter: Adapter) -> None:
+    """Load an adapter's tensors into a PEFT model of the same shape.
+
+    Raises:
+        ModelError: as `check_fits`.
+    """
+    check_fits(model, adapter)
     set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(t)) for name, t in adapter.tensors.items()})
 
 

@@ -59,7 +59,7 @@ def load_model_config(config: PolicyConfig) -> Any:
 def end_token_ids(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end a response: the tokenizer's end token and those of the model's generation configuration."""
     try:
-        ends = GenerationConfig.from_pretrained(config.model, revision=config.revision).eos_token_id
+        ends = GenerationConfig.from_pretrained(config.model, revision=config.revision or "main").eos_token_id
     except OSError:
         ends = None
     listed = ends if isinstance(ends, list) else [ends]
@@ -114,7 +114,7 @@ def _keep_gradients_right_on_cpu(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no declared attribute of nn.Module
 
 
 def write_dequantized_base(config: PolicyConfig, folder: Path) -> Path:

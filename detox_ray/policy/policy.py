@@ -8,13 +8,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import PreTrainedModel
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
-from detox_ray.policy.adapter import Adapter, load_adapter, read_weights, write_weights
-from detox_ray.policy.load import load_base
+from detox_ray.policy.adapter import Adapter, check_fits, load_adapter, read_weights, write_weights
+from detox_ray.policy.load import load_base, load_model_config
 from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.tokens import token_logprobs
 
@@ -56,38 +58,26 @@ class Policy(nn.Module):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.enable_input_require_grads()
         torch.manual_seed(seed)
-        lora = PeftLoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=config.lora.targets,
-            base_model_name_or_path=config.model,
-        )
-        try:
-            self.model = get_peft_model(base, lora)
-        except ValueError as error:
-            raise ModelError(
-                f"policy.lora.targets={config.lora.targets}: {' '.join(str(error).split())[:200]}"
-            ) from None
+        self.model = attach_adapter(base, config)
         hidden_size = base.get_output_embeddings().weight.shape[-1]
         self.value_head = nn.Linear(hidden_size, 1, device=device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         if config.adapter is not None:
-            write_weights(self.model, load_adapter(config.adapter))
+            self.load(load_adapter(config.adapter))
         self.train()
 
     @property
     def trunk(self) -> nn.Module:
         """The transformer below the language-model head."""
-        causal = self.model.get_base_model()
+        causal: Any = self.model.get_base_model()
         return getattr(causal, causal.base_model_prefix)
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
         """Hidden states [N, H] -> logits [N, V]."""
-        return self.model.get_base_model().get_output_embeddings()
+        causal: Any = self.model.get_base_model()
+        return causal.get_output_embeddings()
 
     def forward(
         self,
@@ -136,6 +126,40 @@ class Policy(nn.Module):
             ModelError: it was made for another base.
         """
         write_weights(self.model, adapter)
+
+
+def attach_adapter(base: PreTrainedModel, config: PolicyConfig) -> PeftModel:
+    """The base with a fresh LoRA adapter that changes nothing yet.
+
+    Raises:
+        ModelError: `policy.lora.targets` names no module of it.
+    """
+    lora = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # annotated int, but any number works
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.targets,
+        base_model_name_or_path=config.model,
+    )
+    try:
+        return get_peft_model(base, lora)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"policy.lora.targets={config.lora.targets}: {reason}") from None
+
+
+def check_adapter(config: PolicyConfig) -> None:
+    """Check `policy.lora` and `policy.adapter` against the model's shapes, without loading any weight of the model.
+
+    Raises:
+        ModelError: the targets are not in the model, or the adapter cannot be read or was made for another base.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(load_model_config(config))
+        skeleton = attach_adapter(base, config)
+    if config.adapter is not None:
+        check_fits(skeleton, load_adapter(config.adapter))
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:

@@ -21,15 +21,17 @@ class TransformersEngine:
         self.version = -1
         self._spec = spec
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._tokenizer = AutoTokenizer.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=False)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            spec.model, revision=spec.revision, trust_remote_code=False
+        )
+        model: Any = AutoModelForCausalLM.from_pretrained(
             spec.model,
             revision=spec.revision,
             dtype=getattr(torch, spec.dtype),
             use_safetensors=True,
             trust_remote_code=False,
         )
-        self._model.to(self._device).eval()
+        self._model: Any = model.to(self._device).eval()
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 
 from detox_ray.policy.adapter import Adapter, save_adapter
@@ -39,7 +40,7 @@ class VllmEngine:
         self._lora: LoRARequest | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="detox_ray-adapters-")
         self._pristine = load_pristine_weights(spec.model, spec.revision) if spec.sync == "merged" else {}
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"dtype": spec.dtype}
         if spec.sync == "adapter":
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_bucket(spec.lora_rank)}
         if spec.bitsandbytes:
@@ -47,7 +48,6 @@ class VllmEngine:
         self._llm = LLM(
             model=spec.model,
             revision=spec.revision,
-            dtype=spec.dtype,
             max_model_len=spec.max_length,
             max_num_seqs=spec.max_num_seqs,
             kv_cache_memory_bytes=spec.kv_cache_mib * 2**20,
@@ -57,7 +57,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             **options,
         )
-        self._tokenizer = self._llm.get_tokenizer()
+        self._tokenizer: Any = self._llm.get_tokenizer()
 
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
@@ -78,7 +78,7 @@ class VllmEngine:
         texts = self._tokenizer.batch_decode(
             [c.token_ids for o in outputs for c in o.outputs], skip_special_tokens=True
         )
-        rollouts = []
+        rollouts: list[Rollout] = []
         for prompt, output in zip(prompts, outputs, strict=True):
             for completion in output.outputs:
                 ids = np.asarray(completion.token_ids, dtype=np.int64)
@@ -122,7 +122,7 @@ class VllmEngine:
         return [{token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()} for o in outputs]
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
-        requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
 
 

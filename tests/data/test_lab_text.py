@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_civil_responses_are_as_long_and_as_varied_as_rude_ones(sample):
 
     def distinct_bigrams(responses):
         groups = [responses[i : i + 4] for i in range(0, len(responses) - 3, 4)]
-        bigrams = [[pair for words in group for pair in zip(words, words[1:], strict=False)] for group in groups]
+        bigrams = [[pair for words in group for pair in itertools.pairwise(words)] for group in groups]
         return np.mean([len(set(pairs)) / len(pairs) for pairs in bigrams])
 
     assert np.mean([len(w) for w in civil]) >= 0.95 * np.mean([len(w) for w in rude])

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import random
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -12,8 +11,6 @@ from detox_ray.data.prompts import load_prompts, start_ids
 from detox_ray.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.unit
-
-SHARED = Path(__file__).parents[2].parent / "shared"
 
 
 def word_tokenizer(bos="<s>", eos="</s>", adds_bos=False):
@@ -283,7 +280,7 @@ class TestErrors:
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         with pytest.raises(
-            DataError, match="'someone/nothing' is no file here, and split 'train' .*Couldn't reach"
+            DataError, match=r"'someone/nothing' is no file here, and split 'train' .*Couldn't reach"
         ) as error:
             load_prompts(config("someone/nothing"), tokenizer, seed=0)
         assert "\n" not in str(error.value)
@@ -294,18 +291,21 @@ class TestErrors:
             load_prompts(config(source), tokenizer, seed=0)
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "realtoxicityprompts").is_dir(), reason="the shared data is not here")
+@pytest.fixture(scope="module")
+def webtext(shared):
+    return AutoTokenizer.from_pretrained(shared / "models" / "webtext-6m")
+
+
+@pytest.fixture
+def random_5k(shared):
+    return shared / "data" / "realtoxicityprompts" / "random_5k.jsonl"
+
+
 class TestRealToxicityPrompts:
-    FILE = SHARED / "data" / "realtoxicityprompts" / "random_5k.jsonl"
-
-    @pytest.fixture(scope="class")
-    def webtext(self):
-        return AutoTokenizer.from_pretrained(SHARED / "models" / "webtext-6m")
-
-    def test_the_published_form_is_read_whole(self, webtext):
-        records = [json.loads(line) for line in self.FILE.open(encoding="utf-8")]
+    def test_the_published_form_is_read_whole(self, webtext, random_5k):
+        records = [json.loads(line) for line in random_5k.open(encoding="utf-8")]
         distinct = {" ".join(r["prompt"]["text"].casefold().split()) for r in records}
-        split = load_prompts(DataConfig(source=str(self.FILE), max_tokens=256), webtext, seed=0)
+        split = load_prompts(DataConfig(source=str(random_5k), max_tokens=256), webtext, seed=0)
         assert len(split.heldout) == 200
         assert len(everything(split)) == len(distinct)
         assert split.skipped == {"duplicate": len(records) - len(distinct)}
@@ -317,10 +317,10 @@ class TestRealToxicityPrompts:
             assert prompt.token_ids[0] == 0
             assert webtext.decode(prompt.token_ids[1:]) == prompt.text
 
-    def test_the_score_window_and_the_longest_prompt(self, webtext):
-        records = [json.loads(line) for line in self.FILE.open(encoding="utf-8")]
+    def test_the_score_window_and_the_longest_prompt(self, webtext, random_5k):
+        records = [json.loads(line) for line in random_5k.open(encoding="utf-8")]
         scores = [r["prompt"]["toxicity"] for r in records]
-        split = load_prompts(DataConfig(source=str(self.FILE), min_score=0.5, max_tokens=12), webtext, seed=0)
+        split = load_prompts(DataConfig(source=str(random_5k), min_score=0.5, max_tokens=12), webtext, seed=0)
         assert split.skipped["null score"] == sum(s is None for s in scores)
         assert split.skipped["outside score window"] == sum(s is not None and s < 0.5 for s in scores)
         assert all(p.meta["toxicity"] >= 0.5 for p in everything(split))

@@ -11,7 +11,7 @@ from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.errors import ModelError
 from detox_ray.policy.adapter import content_digest, load_adapter, save_adapter
 from detox_ray.policy.load import load_tokenizer, write_dequantized_base
-from detox_ray.policy.policy import Policy, canary_of
+from detox_ray.policy.policy import Policy, canary_of, check_adapter
 from detox_ray.policy.sequences import Sequences, collate
 
 pytestmark = pytest.mark.unit
@@ -137,6 +137,10 @@ def test_an_adapter_of_another_base_is_refused(tiny_model: str, tmp_path: Path) 
     )
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
     save_adapter(policy_of(str(tmp_path / "other")).adapter(0), tmp_path / "adapter")
+    config = PolicyConfig(model=tiny_model, adapter=str(tmp_path / "adapter"), lora=LoraConfig(rank=4))
+    with pytest.raises(ModelError, match="does not fit the base"):
+        check_adapter(config)
+    check_adapter(config.model_copy(update={"model": str(tmp_path / "other")}))
     with pytest.raises(ModelError, match="does not fit the base"):
         policy_of(tiny_model, adapter=str(tmp_path / "adapter"))
 
@@ -168,5 +172,5 @@ def test_model_errors_name_the_value_and_the_fix(tiny_model: str, tmp_path: Path
     with pytest.raises(ModelError, match=r"no pad token.*policy\.pad_token='<eos>'"):
         load_tokenizer(PolicyConfig(model=str(tmp_path / "no-pad")))
     assert load_tokenizer(PolicyConfig(model=str(tmp_path / "no-pad"), pad_token="<eos>")).pad_token_id == 0
-    with pytest.raises(ModelError, match="lora.targets"):
+    with pytest.raises(ModelError, match=r"lora\.targets"):
         Policy(PolicyConfig(model=tiny_model, lora=LoraConfig(targets=["nonsense"])), CPU)

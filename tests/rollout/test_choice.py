@@ -36,7 +36,7 @@ def test_without_vllm_transformers_is_chosen_and_vllm_refused(monkeypatch: pytes
 
 def test_vllm_for_what_it_does_not_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_vllm_architectures", lambda: '"LlamaForCausalLM": ("llama", "LlamaForCausalLM")')
-    with pytest.raises(ConfigError, match="does not serve GPTNeoForCausalLM; set rollout.engine=transformers"):
+    with pytest.raises(ConfigError, match=r"does not serve GPTNeoForCausalLM; set rollout\.engine=transformers"):
         choose_engine(RolloutConfig(engine="vllm"), "GPTNeoForCausalLM")
 
 

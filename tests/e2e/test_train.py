@@ -1,0 +1,168 @@
+"""The whole run on the offline lab by the command line: killed, continued, evaluated again; and by the Python API."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from detox_ray import load_config
+from detox_ray.data.lab import lab_path
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[2]
+COMMAND = [str(Path(sys.executable).with_name("detox-ray")), "train", str(ROOT / "configs/laptop.yaml")]
+STEPS = 6
+SMALL = [
+    f"train.total_steps={STEPS}",
+    "train.checkpoint_every=2",
+    "ppo.batch_size=32",
+    "reward.calibration_prompts=32",
+    "evaluation.prompts=16",
+    "evaluation.samples_per_prompt=2",
+]
+
+
+def run(arguments: list[str], timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False)
+
+
+def wait_for_steps(metrics: Path, steps: int, timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+        assert time.monotonic() < deadline, "no steps appeared"
+        time.sleep(0.2)
+
+
+def ray_processes() -> set[int]:
+    """Ids of Ray's own processes and of the actors on it."""
+    found = set()
+    for process in psutil.process_iter(["name", "cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith("ray::") or process.info["name"] in ("raylet", "gcs_server"):
+            found.add(process.pid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed_and_continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run whose driver was killed after step 3 and that was then continued by the same command; what it printed."""
+    output = tmp_path_factory.mktemp("runs")
+    arguments = [*COMMAND, "name=killed", f"output_dir={output}", *SMALL]
+    before = ray_processes()
+    with open(output / "first.log", "w", encoding="utf-8") as log:
+        first = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=ROOT)
+    wait_for_steps(output / "killed" / "metrics.jsonl", 3)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    deadline = time.monotonic() + 60
+    while ray_processes() - before:
+        assert time.monotonic() < deadline, f"left behind: {ray_processes() - before}"
+        time.sleep(0.5)
+    second = run(arguments)
+    assert second.returncode == 0, second.stdout + second.stderr
+    return output / "killed", second.stdout
+
+
+def test_a_killed_run_continues_without_gap_or_repeat(killed_and_continued: tuple[Path, str]) -> None:
+    folder, printed = killed_and_continued
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert f"step {STEPS}/{STEPS}" in printed
+    checkpoints = sorted((folder / "checkpoints").glob("checkpoint_*"))
+    state = torch.load(checkpoints[-1] / "learner.pt", weights_only=True)
+    assert state["step"] == STEPS - 1
+    config = load_config(ROOT / "configs/laptop.yaml")
+    # An optimiser that had started anew would have counted only the steps since then.
+    updates = {int(s["step"]) for s in state["optimizer"]["state"].values()}
+    assert updates == {STEPS * config.ppo.epochs * config.ppo.minibatches}
+
+
+def test_every_line_of_metrics_has_what_a_user_looks_for(killed_and_continued: tuple[Path, str]) -> None:
+    lines = [json.loads(line) for line in (killed_and_continued[0] / "metrics.jsonl").read_text().splitlines()]
+    expected = {"reward", "reward_raw", "kl", "entropy", "clip_fraction", "approx_kl", "explained_variance", "toxicity"}
+    expected |= {"logprob_gap_mean", "logprob_gap_max", "response_length", "tokens_per_s", "disagreement"}
+    expected |= {"time_rollout_s", "time_reward_s", "time_learn_s", "time_push_s", "reward/lab-linear"}
+    for line in lines:
+        assert expected <= line.keys()
+        assert line["logprob_gap_max"] < 1e-3
+        assert all(value == value for value in line.values())
+
+
+def test_the_run_folder_is_complete(killed_and_continued: tuple[Path, str]) -> None:
+    folder, printed = killed_and_continued
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for system in ("base", "tuned"):
+        assert {"mean_toxicity", "share_toxic", "perplexity", "distinct_2", "mean_length"} <= evaluation[system].keys()
+    assert {"value", "low", "high"} == evaluation["reduction"]["mean_toxicity"].keys()
+    assert (evaluation["prompts"], evaluation["samples_per_prompt"], evaluation["seed"]) == (16, 2, 0)
+    assert evaluation["judge"] == "alt-profanity-check"
+    assert pq.read_table(folder / "generations.parquet").num_rows == 2 * 16 * 2
+    assert "<script" in (folder / "report.html").read_text()
+    assert "Mean toxicity" in printed
+
+
+def test_the_adapter_loads_with_plain_peft(killed_and_continued: tuple[Path, str]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(lab_path("policy"))
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        tuned = PeftModel.from_pretrained(base, killed_and_continued[0] / "adapter")
+        assert (tuned(ids).logits - before).abs().max() > 1e-3
+
+
+def test_a_complete_run_is_not_run_again_and_not_overwritten(killed_and_continued: tuple[Path, str]) -> None:
+    folder, _ = killed_and_continued
+    arguments = [*COMMAND, "name=killed", f"output_dir={folder.parent}", *SMALL]
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = run(arguments)
+    assert again.returncode == 0
+    assert "is complete" in again.stdout
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    other = run([*arguments, "ppo.learning_rate=0.01"])
+    assert other.returncode == 2
+    assert "holds a run with ppo.learning_rate" in other.stderr
+
+
+def test_an_evaluation_can_be_repeated(killed_and_continued: tuple[Path, str]) -> None:
+    folder, _ = killed_and_continued
+    before = json.loads((folder / "evaluation.json").read_text())
+    again = run([COMMAND[0], "evaluate", str(folder)])
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = json.loads((folder / "evaluation.json").read_text())
+    assert after["base"]["mean_toxicity"] == pytest.approx(before["base"]["mean_toxicity"], abs=1e-6)
+    assert after["tuned"]["mean_toxicity"] == pytest.approx(before["tuned"]["mean_toxicity"], abs=1e-6)
+
+
+def test_python_api_two_learners_stale_rollouts_on_the_transformers_engine(tmp_path: Path) -> None:
+    settings = [
+        "name=api", f"output_dir={tmp_path}", *SMALL, "train.total_steps=3", "train.workers=2", "train.num_cpus=0.5",
+        "train.threads=1", "rollout.engine=transformers", "rollout.max_staleness=1", "rollout.samples_per_prompt=4",
+        "ppo.estimator=rloo", "policy.quantization=none",
+    ]  # fmt: skip
+    code = f"""
+from detox_ray import load_config, train
+if __name__ == "__main__":
+    evaluation = train(load_config("configs/laptop.yaml", {settings!r}), quiet=True)
+    assert evaluation["prompts"] == 16
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    result = run([sys.executable, str(script)])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    lines = [json.loads(line) for line in (tmp_path / "api" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["staleness"] for line in lines] == [0, 1, 1]
+    tensors = load_file(tmp_path / "api" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())

@@ -1,0 +1,147 @@
+"""What a user can get wrong: one line with the value and the fix, exit code 2, before anything expensive starts."""
+
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from detox_ray import cli
+from detox_ray.rollout import engine
+
+pytestmark = pytest.mark.unit
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Run `detox-ray train` on a small valid configuration with overrides; returns the one line it is refused with."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"number {i} is"}) + "\n" for i in range(50)))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+name: run
+output_dir: {tmp_path / "runs"}
+data: {{source: {prompts}, heldout_prompts: 10}}
+policy: {{model: {tiny_model}}}
+reward: {{classifiers: [{{name: words, kind: linear, model: "operator:length_hint"}}]}}
+ppo: {{batch_size: 8}}
+evaluation: {{prompts: 10}}
+ray: {{num_cpus: 4}}
+"""
+    )
+
+    def run(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["detox-ray", "train", str(config), *overrides])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ")
+        assert "\n" not in error
+        return error
+
+    return run
+
+
+def test_prompt_file(refused: Refused, tmp_path: Path) -> None:
+    assert "nowhere.jsonl" in refused(f"data.source={tmp_path}/nowhere.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in refused(f"data.source={tmp_path}/empty.jsonl")
+    error = refused("data.text_column=question")
+    assert "question" in error
+    assert "prompt" in error
+
+
+def test_tokenizer_without_pad_token(refused: Refused, tiny_model: str, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(tiny_model, tmp_path / "no-pad")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if path.exists():
+            settings = json.loads(path.read_text())
+            settings.pop("pad_token", None)
+            path.write_text(json.dumps(settings))
+    assert "has no pad token; set one, such as policy.pad_token='<eos>'" in refused(f"policy.model={folder}")
+
+
+def test_model_and_adapter(refused: Refused, tmp_path: Path) -> None:
+    assert "no such folder" in refused(f"policy.model={tmp_path}/nowhere")
+    assert "cannot be read" in refused(f"policy.adapter={tmp_path}")
+    assert "policy.lora.targets=['nonsense']" in refused("policy.lora.targets=[nonsense]")
+
+
+def test_adapter_of_another_base(refused: Refused, tmp_path: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from detox_ray.config import PolicyConfig
+    from detox_ray.policy.adapter import save_adapter
+    from detox_ray.policy.policy import Policy
+
+    other = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
+    policy = Policy(PolicyConfig(model=str(tmp_path / "other"), quantization="none"), torch.device("cpu"))
+    save_adapter(policy.adapter(0), tmp_path / "adapter")
+    assert "does not fit the base model" in refused(f"policy.adapter={tmp_path / 'adapter'}")
+
+
+def test_classifiers(refused: Refused, tiny_model: str) -> None:
+    error = refused("reward.classifiers.0.model=profanity_check:predict_prob")
+    assert "also in the reward" in error
+    assert "nonsense" in refused("reward.classifiers.0.model=nonsense.module:function")
+    assert "nowhere" in refused("evaluation.judge={name: j, kind: transformers, model: /nowhere}")
+
+
+def test_classifier_label(refused: Refused, shared: Path) -> None:
+    model = shared / "models" / "minilm-toxicity"
+    error = refused(
+        "reward.classifiers.0.kind=transformers",
+        f"reward.classifiers.0.model={model}",
+        "reward.classifiers.0.label=hateful",
+    )
+    assert "hateful" in error
+    assert "neutral" in error
+
+
+def test_more_workers_than_cpus(refused: Refused) -> None:
+    assert "lower rollout.workers" in refused("rollout.workers=40")
+
+
+def test_no_vllm(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_vllm_architectures", lambda: None)
+    assert "vLLM is not installed; install" in refused("rollout.engine=vllm")
+
+
+def test_a_ray_address_that_does_not_answer(refused: Refused) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    assert "does not answer" in refused(f"ray.address=127.0.0.1:{port}")
+
+
+def test_prompts_that_do_not_fit_the_model(refused: Refused) -> None:
+    assert "512 positions" in refused("data.max_tokens=600")
+
+
+def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    refused("rollout.engine=transformers", "ray.address=127.0.0.1:1")
+    error = refused("rollout.engine=transformers", "ray.address=127.0.0.1:1", "ppo.learning_rate=0.5")
+    assert "holds a run with ppo.learning_rate = 0.0003, not 0.5" in error
+
+
+def test_evaluate_without_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["detox-ray", "evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "is no run folder" in capsys.readouterr().err

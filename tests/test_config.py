@@ -1,0 +1,93 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from detox_ray import ConfigError, load_config
+from detox_ray.cluster import check_resources, cpus_needed
+from detox_ray.config import dump_config, parse_config
+
+pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[1]
+MINIMAL: dict[str, Any] = {"reward": {"classifiers": [{"name": "a", "kind": "linear", "model": "x:y"}]}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_is_valid_and_survives_a_round_trip(path: Path) -> None:
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_overrides_are_typed_and_reach_into_lists() -> None:
+    config = load_config(
+        ROOT / "configs/laptop.yaml",
+        ["ppo.learning_rate=1e-4", "reward.classifiers.0.weight=2", "policy.lora.targets=[q_proj, v_proj]", "name=x"],
+    )
+    assert config.ppo.learning_rate == 1e-4
+    assert config.reward.classifiers[0].weight == 2
+    assert config.policy.lora.targets == ["q_proj", "v_proj"]
+    assert config.run_dir == Path("runs/x").resolve()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ppo": {"learning_rte": 1}}, r"unknown key 'ppo\.learning_rte'; did you mean 'learning_rate'\?"),
+        ({"zzz": 1}, r"unknown key 'zzz'; valid keys: name, output_dir"),
+        ({"ppo": {"clip_range": 3}}, r"ppo\.clip_range = 3: input should be less than 1"),
+        ({"ppo": {"learning_rate": float("nan")}}, r"ppo\.learning_rate = nan"),
+        ({"rollout": {"engine": "vlm"}}, r"rollout\.engine = 'vlm': input should be 'auto', 'vllm' or 'transformers'"),
+        ({"name": "a/b"}, r"name = 'a/b'"),
+        ({"data": {"min_tokens": 90}}, r"data\.min_tokens=90 is above data\.max_tokens=64"),
+        ({"evaluation": {"prompts": 500}}, r"evaluation\.prompts=500 is above data\.heldout_prompts=200"),
+        ({"ppo": {"batch_size": 30, "minibatches": 4}}, r"ppo\.batch_size=30 is not a multiple"),
+        ({"ppo": {"estimator": "rloo"}}, r"set rollout\.samples_per_prompt"),
+        ({"rollout": {"base": "bitsandbytes"}}, r"rollout\.base=bitsandbytes needs rollout\.num_gpus"),
+        ({"reward": {}}, r"reward\.classifiers is missing"),
+        (
+            {"reward": {"classifiers": [{"name": "a", "kind": "linear", "model": "profanity_check:predict_prob"}]}},
+            r"evaluation\.judge: 'profanity_check:predict_prob' is also in the reward.*name another judge",
+        ),
+        (
+            {"reward": {"classifiers": [MINIMAL["reward"]["classifiers"][0]] * 2}},
+            r"reward\.classifiers: name 'a' is used twice",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_fix(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**MINIMAL, **change})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.learning_rate", "expected key=value"),
+        ("ppo.epochs.deep=1", "epochs"),
+        ("reward.classifiers.7.weight=1", "'7' does not name a part"),
+        ("ppo.epochs=[", "not YAML"),
+    ],
+)
+def test_bad_overrides(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(ROOT / "configs/laptop.yaml", [override])
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="holds no settings"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_more_workers_than_cpus_are_refused() -> None:
+    config = parse_config({**MINIMAL, "rollout": {"workers": 4, "num_cpus": 1}})
+    assert cpus_needed(config) == pytest.approx(5.1)
+    with pytest.raises(ConfigError, match=r"needs 5\.1 CPUs.*Ray has 2.*lower rollout\.workers"):
+        check_resources(config, {"CPU": 2})
+    check_resources(config, {"CPU": 5.1})
