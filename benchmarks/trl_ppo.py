@@ -1,8 +1,8 @@
 """One run of TRL's PPOTrainer, for `ppo_vs_trl.py`; runs in TRL's own environment and reads its task from a JSON file.
 
 Reads `{model, reward_model, prompts, pad_id, batch, epochs, minibatches, new_tokens, steps, learning_rate, lora_rank,
-kl_coefficient, threads, seed, output_dir, result}`, writes to `result`: `{step_s, adapter_tensors_changed,
-adapter_tensors, responses_tokens, versions}`.
+kl_coefficient, threads, seed, output_dir, result}`, writes to `result`: `{step_s, adapter_tensors,
+adapter_tensors_changed, threads, log, versions}`.
 """
 
 import json

@@ -37,10 +37,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_CHUNK = 32  # prompts sampled between two moves of the progress bar
 
-# glibc gives every freed tensor back to the system and takes page faults to get it again; keeping it halves a CPU step.
+# glibc gives large freed tensors back to the system and takes page faults to get them again; this keeps them.
 LEARNER_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",
-    "GOMP_SPINCOUNT": "0",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),

@@ -65,6 +65,10 @@ def build_lab(seed: int = 0, progress: Progress | None = None) -> Path:
                 try:
                     _make(building, seed, progress or (lambda stage, share: None))
                     os.replace(building, folder)
+                except OSError:
+                    # Someone removed the lock and built meanwhile; theirs is as good.
+                    if not folder.is_dir():
+                        raise
                 finally:
                     shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
@@ -88,7 +92,7 @@ def lab_source(source: str) -> Path:
 
 
 def remove_lab() -> bool:
-    """Removes the labs of every version and seed from the cache folder; whether there was one."""
+    """Removes the labs of every version and seed, also unfinished ones; whether there was a finished one."""
     if not _cache().is_dir():
         return False
     ours = [p for p in _cache().iterdir() if re.fullmatch(r"lab-\d+-\d+(\.lock|\.building-\w+)?", p.name)]
@@ -153,7 +157,8 @@ def _make(folder: Path, seed: int, progress: Progress) -> None:
     (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(os.cpu_count() or 1, 4))
+    # More threads do not help matrices this small; fewer are what OMP_NUM_THREADS or the caller asked for.
+    torch.set_num_threads(min(threads, 4))
     try:
         with torch.random.fork_rng(devices=[]):
             progress("linear classifier", 0.02)

@@ -58,7 +58,7 @@ def train_policy(
     seed: int,
     progress: Progress,
     *,
-    steps: int = 700,
+    steps: int = 600,
     batch_size: int = 32,
     learning_rate: float = 6e-3,
 ) -> LlamaForCausalLM:
