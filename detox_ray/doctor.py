@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from detox_ray.data.lab import lab_folder
@@ -18,7 +19,8 @@ def diagnose() -> Table:
     """A table of checks: what was found, and what to do where something is missing."""
     table = Table("", "check", "found", "advice", title="detox-ray doctor")
     for good, check, found, advice in [_python(), _cpus(), _memory(), _gpu(), _vllm(), _nf4(), _ray(), _hub(), _lab()]:
-        table.add_row("[green]ok[/green]" if good else "[yellow]--[/yellow]", check, found, "" if good else advice)
+        mark = "[green]ok[/green]" if good else "[yellow]--[/yellow]"
+        table.add_row(mark, check, escape(found), "" if good else escape(advice))
     return table
 
 

@@ -42,6 +42,11 @@ def lab_path(part: LabPart) -> Path:
     return build_lab() / _file_of(part)
 
 
+def lab_folder(seed: int = 0) -> Path:
+    """Where the lab of a seed is, or will be once it is built."""
+    return _cache() / f"lab-{LAB_VERSION}-{seed}"
+
+
 def build_lab(seed: int = 0, progress: Progress | None = None) -> Path:
     """The lab's folder, built when absent; `progress` is told what is being made and the share done, in [0, 1].
 
@@ -51,7 +56,7 @@ def build_lab(seed: int = 0, progress: Progress | None = None) -> Path:
     Raises:
         DataError: the cache folder cannot be written.
     """
-    folder = _cache() / f"lab-{LAB_VERSION}-{seed}"
+    folder = lab_folder(seed)
     if folder.is_dir():
         return folder
     try:

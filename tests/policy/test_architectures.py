@@ -26,8 +26,12 @@ COMMON: dict[str, Any] = {
 }
 NEO: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128}
 LLAMA: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "GPT2": NEO,
     "GPTJ": {**NEO, "rotary_dim": 16},
