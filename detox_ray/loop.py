@@ -37,8 +37,11 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_CHUNK = 32  # prompts sampled between two moves of the progress bar
 
-# glibc gives large freed tensors back to the system and takes page faults to get them again; this keeps them.
+# Threads that wait spin for a moment and then sleep: without the first a two-thread step takes four times as long, without
+# the second it takes ten times as long beside any busy process. The allocator keeps large freed tensors instead of giving
+# them back to the system and taking page faults to get them again.
 LEARNER_ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "1000",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),

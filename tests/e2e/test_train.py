@@ -22,7 +22,7 @@ from detox_ray.data.lab import lab_path
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 COMMAND = [str(Path(sys.executable).with_name("detox-ray")), "train", str(ROOT / "configs/laptop.yaml")]
-STEPS = 6
+STEPS = 8
 SMALL = [
     f"train.total_steps={STEPS}",
     "train.checkpoint_every=2",
@@ -56,13 +56,17 @@ def ray_processes() -> set[int]:
 
 @pytest.fixture(scope="module")
 def killed_and_continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run whose driver was killed after step 3 and that was then continued by the same command; what it printed."""
+    """A run whose learner was killed after step 3 and whose driver after step 5, then continued; what it printed."""
     output = tmp_path_factory.mktemp("runs")
     arguments = [*COMMAND, "name=killed", f"output_dir={output}", *SMALL]
     before = ray_processes()
     with open(output / "first.log", "w", encoding="utf-8") as log:
         first = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=ROOT)
-    wait_for_steps(output / "killed" / "metrics.jsonl", 3)
+    metrics = output / "killed" / "metrics.jsonl"
+    wait_for_steps(metrics, 3)
+    [learner] = [pid for pid in ray_processes() - before if "RayTrainWorker" in psutil.Process(pid).cmdline()[0]]
+    os.kill(learner, signal.SIGKILL)
+    wait_for_steps(metrics, 5)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     deadline = time.monotonic() + 60
