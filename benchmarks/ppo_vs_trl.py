@@ -218,7 +218,7 @@ def _run_ours(task: dict[str, Any], config: Any, folder: Path, options: argparse
     """`detox-ray train` in a process of its own; times from its metrics file."""
     import numpy as np
 
-    from detox_ray.learner.train_loop import read_metrics
+    from detox_ray.metrics_file import read_metrics
     from detox_ray.policy.adapter import load_adapter
 
     folder.mkdir()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -100,11 +101,14 @@ def lab_remove() -> None:
 def main() -> None:
     """Entry point of `detox-ray`."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except DetoxError as error:
         message = escape(" ".join(str(error).split()))
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         Console(stderr=True).print("stopped; the same command continues the run")
         sys.exit(130)

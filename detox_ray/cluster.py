@@ -70,6 +70,11 @@ def ray_session(config: Config, log_folder: Path) -> Iterator[None]:
 
     for name in ("ray", "ray.serve", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if ray.is_initialized():
+        # The caller's own Ray, say a notebook's: use it and leave it.
+        check_resources(config, ray.cluster_resources())
+        yield
+        return
     address = cluster_address(config)
     if address is None:
         check_resources(config, local_resources(config))

@@ -1,6 +1,7 @@
 """The one typed configuration tree of a run, and its loader: YAML file + dotted overrides -> `Config`."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -114,11 +115,14 @@ class RolloutConfig(Section):
         0.05, gt=0, description="stop when engine and learner differ by more than this, mean |log p|, in nats a token"
     )
     canary_tolerance: float | None = Field(
-        None, gt=0, description="largest |log p| difference after a push; default 1e-3 in float32, 0.5 otherwise"
+        None,
+        gt=0,
+        description="largest |log p| difference after a push; default 1e-3 (float32), 0.5 (bfloat16), 1 (other base)",
     )
     max_num_seqs: int = Field(64, ge=1, description="sequences an engine advances together")
     kv_cache_mib: int = Field(256, ge=16, description="memory of the vLLM engine's key-value cache, MiB")
     timeout_s: float = Field(600.0, gt=0, description="a worker that does not answer for this long is replaced")
+    start_timeout_s: float = Field(1800.0, gt=0, description="longest an engine may take to start")
 
 
 class Calibration(Section):
@@ -147,10 +151,21 @@ class ClassifierConfig(Section):
     )
     weight: float = Field(1.0, gt=0, description="weight when reward.aggregation is weighted")
     max_length: int = Field(256, ge=8, description="longest text, in the classifier's tokens; longer ones are cut")
+    temperature: float = Field(1.0, gt=0, description="the logits are divided by it (Guo et al. 2017)")
     batch_size: int = Field(32, ge=1, description="texts in a forward pass")
     replicas: int = Field(1, ge=1, description="Serve replicas")
     num_cpus: float = Field(0.1, ge=0, description="Ray CPUs of a replica")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of a replica")
+
+
+class ExtraTerm(Section):
+    """A shaping term of your own."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="under which it is logged")
+    function: str = Field(
+        description="`package.module:function`: (response token ids, N arrays; finish reasons, N) -> N numbers"
+    )
+    weight: float = Field(1.0, description="what the numbers are multiplied by")
 
 
 class ShapingConfig(Section):
@@ -164,6 +179,7 @@ class ShapingConfig(Section):
         0.0, ge=0, description="penalty times the share of repeated bigrams in a response"
     )
     unfinished_penalty: float = Field(0.0, ge=0, description="penalty of a response cut off at max_new_tokens")
+    extra: list[ExtraTerm] = Field([], description="terms of your own")
 
 
 class RewardConfig(Section):
@@ -183,6 +199,9 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _names_are_unique(self) -> "RewardConfig":
         names = [c.name for c in self.classifiers]
+        terms = ["short", "repetition", "unfinished", *(extra.name for extra in self.shaping.extra)]
+        if repeated := {n for n in terms if terms.count(n) > 1}:
+            raise ValueError(f"reward.shaping.extra: name {min(repeated)!r} is taken; give the term another")
         if repeated := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"reward.classifiers: name {min(repeated)!r} is used twice; give each classifier its own")
         return self
@@ -305,7 +324,7 @@ class Config(Section):
     def _fits_together(self) -> "Config":
         judge = self.evaluation.judge
         for classifier in self.reward.classifiers:
-            if _absolute(classifier.model) == _absolute(judge.model):
+            if _identity(classifier) == _identity(judge):
                 raise ValueError(
                     f"evaluation.judge: {judge.model!r} is also in the reward (classifier {classifier.name!r}); "
                     "a judge that was trained against says nothing: name another judge"
@@ -390,6 +409,12 @@ def _absolute(path: str | None) -> Any:
     return str(Path(path).expanduser().resolve())
 
 
+def _identity(classifier: ClassifierConfig) -> str:
+    """Two classifiers with one identity are one model: `module:predict` and `module:predict_prob` are."""
+    model = str(_absolute(classifier.model))
+    return model.partition(":")[0] if classifier.kind == "linear" else model
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -406,8 +431,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
         # YAML 1.1 reads 1e-4 as text.
-        if isinstance(value, str) and (number := _as_float(value)) is not None:
-            value = number
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,3}", value):
+            value = float(value)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not YAML") from None
     if isinstance(node, dict):
@@ -416,13 +441,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[int(last)] = value
     else:
         raise ConfigError(f"override {override!r}: {last!r} does not name a part of the configuration")
-
-
-def _as_float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _explain(error: Any) -> str:

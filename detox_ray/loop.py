@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ from detox_ray.config import Config, RewardConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.evaluation.meter import group_rollouts, measure, write_evaluation
-from detox_ray.evaluation.perplexity import load_reference_model
 from detox_ray.evaluation.report import write_report
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.learner.train_loop import LearnerTask, train_loop
 from detox_ray.plan import Plan, prepare
 from detox_ray.policy.adapter import load_adapter
 from detox_ray.policy.policy import canary_of
-from detox_ray.records import Rollout, Sampling
+from detox_ray.records import Rollout
 from detox_ray.rewards.classifiers import load_classifier
+from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.schedule import PromptSchedule
-from detox_ray.rollout.stream import RolloutStream
+from detox_ray.rollout.stream import RolloutStream, sampling_of
 from detox_ray.rollout.worker import start_workers, stop_workers
 from detox_ray.run_folder import RunFolder
 from detox_ray.serving.reward_app import RewardClient, delete_reward_app, deploy_reward_app, fit_and_apply_calibration
@@ -37,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_CHUNK = 32  # prompts sampled between two moves of the progress bar
 
-# Threads that wait spin for a moment and then sleep: without the first a two-thread step takes four times as long, without
-# the second it takes ten times as long beside any busy process. The allocator keeps large freed tensors instead of giving
+# Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
+# times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
 # them back to the system and taking page faults to get them again.
 LEARNER_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
@@ -65,23 +66,23 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
     """
     terminal = Terminal(quiet)
     plan = prepare(config, terminal)
-    if (finished := plan.run.read_evaluation()) is not None:
+    if (finished := plan.run.read_evaluation(config.train.total_steps)) is not None:
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
         return finished
     with ray_session(plan.config, plan.run.ray_logs):
         terminal.stage("starting rollout workers and reward classifiers")
         with rollout_workers(plan) as workers, reward_app(plan) as reward:
-            stream = _stream(plan, workers, reward)
-            base = sample_heldout(stream, plan, "base", terminal)
-            stream = _stream(plan, workers, calibrated_reward(stream, reward, plan))
+            pool = worker_pool(plan, workers)
+            base = sample_heldout(pool, plan, "base", terminal)
+            stream = rollout_stream(plan, pool, calibrated_reward(pool, reward, plan))
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
                 fit(plan, stream)
             terminal.stage("verifying the saved adapter on the workers")
-            push_saved_adapter(stream, plan)
-            tuned = sample_heldout(stream, plan, "tuned", terminal)
-    return judge_and_report(plan, base, tuned, terminal)
+            steps = push_saved_adapter(pool, plan)
+            tuned = sample_heldout(pool, plan, "tuned", terminal)
+    return judge_and_report(plan, base, tuned, steps, terminal)
 
 
 def fit(plan: Plan, stream: RolloutStream) -> None:
@@ -114,9 +115,11 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         logger.error("the learner failed", exc_info=error)
+        plan.run.raise_failure()
         raise DetoxError(
-            f"the learner crashed more than train.max_failures={config.train.max_failures} times; "
-            f"see {plan.run.path / 'run.log'}, then start the same command again to continue"
+            f"the learner crashed more than train.max_failures={config.train.max_failures} times "
+            f"({str(error).strip().splitlines()[-1].strip()}); see {plan.run.path / 'run.log'}, "
+            "then start the same command again to continue"
         ) from error
     plan.run.raise_failure()
 
@@ -141,11 +144,11 @@ def reward_app(plan: Plan) -> Iterator[RewardConfig]:
         delete_reward_app(plan.app_name)
 
 
-def calibrated_reward(stream: RolloutStream, reward: RewardConfig, plan: Plan) -> RewardConfig:
+def calibrated_reward(pool: WorkerPool, reward: RewardConfig, plan: Plan) -> RewardConfig:
     """The reward with each `calibration: fit` made numbers by the untrained policy's answers to training prompts."""
     if plan.run.read_calibrated() is None:
         prompts = plan.prompts.train[: reward.calibration_prompts]
-        rollouts = stream.sample(prompts, 1, _sampling(plan.config, seed=plan.config.seed))
+        rollouts = pool.sample(prompts, 1, sampling_of(plan.config.rollout, seed=plan.config.seed))
         reward = fit_and_apply_calibration(
             reward, plan.app_name, [r.text for r in rollouts], [r.prompt_text for r in rollouts]
         )
@@ -153,7 +156,7 @@ def calibrated_reward(stream: RolloutStream, reward: RewardConfig, plan: Plan) -
     return reward
 
 
-def sample_heldout(stream: RolloutStream, plan: Plan, system: str, terminal: Terminal) -> list[Rollout]:
+def sample_heldout(pool: WorkerPool, plan: Plan, system: str, terminal: Terminal) -> list[Rollout]:
     """The responses of what the workers serve now to the held-out prompts, from all workers."""
     config = plan.config
     prompts = plan.prompts.heldout[: config.evaluation.prompts]
@@ -163,22 +166,29 @@ def sample_heldout(stream: RolloutStream, plan: Plan, system: str, terminal: Ter
     with terminal.bar(f"{system} responses", len(prompts)) as progress:
         for start in range(0, len(prompts), EVALUATION_CHUNK):
             chunk = prompts[start : start + EVALUATION_CHUNK]
-            sampling = _sampling(config, seed=config.seed + 1 + start)
-            rollouts += stream.sample(chunk, samples, sampling)
+            sampling = sampling_of(config.rollout, seed=config.seed + 1 + start)
+            rollouts += pool.sample(chunk, samples, sampling)
             progress(start + len(chunk))
     return rollouts
 
 
-def push_saved_adapter(stream: RolloutStream, plan: Plan) -> None:
-    """Serve the adapter as it stands in the run folder, verified against plain `peft` on the engine's base."""
-    stream.connect()
-    base = load_reference_model(plan.engine.model, plan.engine.revision)
+def push_saved_adapter(pool: WorkerPool, plan: Plan) -> int:
+    """Serve the adapter as it stands in the run folder, verified against plain `peft` on the engine's base.
+
+    Returns:
+        The number of steps it was trained for.
+    """
+    pool.connect()
+    base = plan.load_model(plan.engine.model, plan.engine.revision)
     tuned = PeftModel.from_pretrained(base, str(plan.run.adapter))
-    canary = canary_of(tuned, plan.canary_length)
-    stream.publish(lambda version: load_adapter(plan.run.adapter, version), canary)
+    saved = load_adapter(plan.run.adapter)
+    pool.publish(lambda version: replace(saved, version=version), canary_of(tuned, plan.canary_length))
+    return plan.run.trained_steps()
 
 
-def judge_and_report(plan: Plan, base: list[Rollout], tuned: list[Rollout], terminal: Terminal) -> dict[str, Any]:
+def judge_and_report(
+    plan: Plan, base: list[Rollout], tuned: list[Rollout], steps: int, terminal: Terminal
+) -> dict[str, Any]:
     """Judge both systems' responses, write evaluation.json, generations.parquet and report.html, print the table."""
     config = plan.config
     terminal.stage(f"judging with {config.evaluation.judge.name}")
@@ -186,15 +196,16 @@ def judge_and_report(plan: Plan, base: list[Rollout], tuned: list[Rollout], term
         group_rollouts("base", base),
         group_rollouts("tuned", tuned),
         load_classifier(config.evaluation.judge),
-        load_reference_model(config.policy.model, config.policy.revision),
+        plan.load_model(config.policy.model, config.policy.revision),
         plan.engine.pad_id,
         set(plan.engine.end_ids),
         config.evaluation,
         config.seed,
     )
-    write_evaluation(plan.run.path, evaluation)
+    write_evaluation(plan.run.path, evaluation, steps)
     report = write_report(plan.run.path)
     terminal.console.print(evaluation_table(evaluation.to_json()))
+    plan.run.release()
     terminal.stage(f"report: {report}")
     terminal.stage(f"adapter: {plan.run.adapter}")
     return evaluation.to_json()
@@ -218,11 +229,11 @@ def evaluate(run: str | Path, quiet: bool = False) -> dict[str, Any]:
         config.model_copy(update={"output_dir": str(folder.path.parent), "name": folder.path.name}), terminal
     )
     with ray_session(plan.config, plan.run.ray_logs), rollout_workers(plan) as workers:
-        stream = _stream(plan, workers, None)
-        base = sample_heldout(stream, plan, "base", terminal)
-        push_saved_adapter(stream, plan)
-        tuned = sample_heldout(stream, plan, "tuned", terminal)
-    return judge_and_report(plan, base, tuned, terminal)
+        pool = worker_pool(plan, workers)
+        base = sample_heldout(pool, plan, "base", terminal)
+        steps = push_saved_adapter(pool, plan)
+        tuned = sample_heldout(pool, plan, "tuned", terminal)
+    return judge_and_report(plan, base, tuned, steps, terminal)
 
 
 def score(config: Config, texts: Sequence[str]) -> list[dict[str, float]]:
@@ -240,25 +251,23 @@ def score(config: Config, texts: Sequence[str]) -> list[dict[str, float]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _stream(plan: Plan, workers: list[Any], reward: RewardConfig | None) -> RolloutStream:
+def worker_pool(plan: Plan, workers: list[Any]) -> WorkerPool:
+    """The workers, once every engine has started."""
+    pool = WorkerPool(workers, plan.config.rollout, plan.canary_tolerance)
+    pool.connect()
+    return pool
+
+
+def rollout_stream(plan: Plan, pool: WorkerPool, reward: RewardConfig) -> RolloutStream:
+    """Batches of training prompts' responses with their rewards."""
     config = plan.config
-    scorer: Any = None
-    if reward is not None and all(c.calibration != "fit" for c in reward.classifiers):
-        client = RewardClient(plan.app_name, reward)
-        scorer = RolloutScorer(client, reward.shaping, plan.engine.end_ids, config.evaluation.judge)
     per_step = config.ppo.batch_size // config.rollout.samples_per_prompt
     return RolloutStream(
-        workers=workers,
+        pool=pool,
         prompts_for_step=PromptSchedule(plan.prompts.train, per_step, config.seed),
-        scorer=scorer,
+        scorer=RolloutScorer(
+            RewardClient(plan.app_name, reward), reward.shaping, plan.engine.end_ids, config.evaluation.judge
+        ),
         config=config.rollout,
         seed=config.seed,
-        canary_tolerance=plan.canary_tolerance,
-    )
-
-
-def _sampling(config: Config, seed: int) -> Sampling:
-    rollout = config.rollout
-    return Sampling(
-        rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.fixed_length, seed
     )

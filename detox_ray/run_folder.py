@@ -1,5 +1,6 @@
 """A run is a folder: its configuration, metrics, checkpoints, adapter, responses and report."""
 
+import fcntl
 import json
 import logging
 from dataclasses import dataclass
@@ -11,10 +12,16 @@ import yaml
 from detox_ray import errors
 from detox_ray.config import Config, RewardConfig, dump_config, parse_config
 from detox_ray.errors import ConfigError, DetoxError
-from detox_ray.learner.train_loop import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE
+from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE, STEPS_FILE, write_atomically
 
-# May differ between a run and its continuation: where it runs, not what it computes.
-PLACEMENT = ("ray", "output_dir", "name")
+# May differ between a run and its continuation: where and how patiently it runs, not what it computes.
+PLACEMENT = (
+    "ray.", "output_dir", "name", "rollout.num_cpus", "rollout.num_gpus", "rollout.canary_tolerance",
+    "rollout.max_logprob_gap", "rollout.timeout_s", "rollout.start_timeout_s", "rollout.kv_cache_mib",
+    "reward.timeout_s", "reward.retries", "train.num_cpus", "train.num_gpus", "train.threads", "train.max_failures",
+    "train.checkpoint_every",
+)  # fmt: skip
+CLASSIFIER_PLACEMENT = ("replicas", "num_cpus", "num_gpus", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -49,31 +56,34 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: Config) -> "RunFolder":
-        """The folder of a new run, or of the run to continue.
+        """The folder of a new run, or of the run to continue; another process cannot open it at the same time.
 
         Raises:
-            ConfigError: it holds a run with another configuration, or cannot be written.
+            ConfigError: it holds a run with another configuration, is in use, or cannot be written.
         """
         run = cls(config.run_dir)
-        if run.config_file.exists():
-            old, new = (_flatten(c.model_dump(mode="json")) for c in (run.read_config(), config))
-            different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-            different = [k for k in different if k.split(".")[0] not in PLACEMENT]
-            if different:
-                key = different[0]
-                raise ConfigError(
-                    f"{run.path} holds a run with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
-                    "choose another name=..., or remove the folder"
-                )
-        else:
-            try:
-                run.path.mkdir(parents=True, exist_ok=True)
-                run.config_file.write_text(dump_config(config), encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(f"output_dir: {run.path} cannot be written ({error.strerror})") from None
-        (run.path / FAILURE_FILE).unlink(missing_ok=True)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            _lock(run.path / ".lock")
+            # A run that has not come as far as a checkpoint has nothing to lose.
+            if run.config_file.exists() and run.checkpoints.exists():
+                run._refuse_another(config)
+            write_atomically(run.config_file, dump_config(config))
+            (run.path / FAILURE_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {run.path} cannot be written ({error.strerror})") from None
         _log_to(run.path / "run.log")
         return run
+
+    def _refuse_another(self, config: Config) -> None:
+        old, new = (_flatten(c.model_dump(mode="json")) for c in (self.read_config(), config))
+        different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_placement(k)]
+        if different:
+            key = different[0]
+            raise ConfigError(
+                f"{self.path} holds a run with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
+                "choose another name=..., or remove the folder"
+            )
 
     @classmethod
     def existing(cls, path: str | Path) -> "RunFolder":
@@ -87,6 +97,11 @@ class RunFolder:
             raise ConfigError(f"{path} is no run folder (no config.yaml in it); give a folder such as runs/demo")
         return run
 
+    def release(self) -> None:
+        """Let other processes open the folder."""
+        if (file := _held.pop(self.path / ".lock", None)) is not None:
+            file.close()
+
     def read_config(self) -> Config:
         """The configuration the run was started with."""
         return parse_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
@@ -98,12 +113,19 @@ class RunFolder:
 
     def write_calibrated(self, reward: RewardConfig) -> None:
         """Keep the fitted calibrations, so that a continued run has the same reward."""
-        (self.path / "calibration.json").write_text(reward.model_dump_json(indent=2), encoding="utf-8")
+        write_atomically(self.path / "calibration.json", reward.model_dump_json(indent=2))
 
-    def read_evaluation(self) -> dict[str, Any] | None:
-        """The content of evaluation.json, once the run is complete."""
+    def read_evaluation(self, steps: int) -> dict[str, Any] | None:
+        """The content of evaluation.json, if it is of an adapter trained for `steps` steps and the report is there."""
         path = self.path / "evaluation.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists() or not (self.path / "report.html").exists():
+            return None
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        return evaluation if evaluation.get("steps") == steps else None
+
+    def trained_steps(self) -> int:
+        """Steps behind the adapter in the folder."""
+        return int((self.adapter / STEPS_FILE).read_text(encoding="utf-8"))
 
     def raise_failure(self) -> None:
         """Raise the error that stopped the learner, if one did."""
@@ -111,6 +133,32 @@ class RunFolder:
         if path.exists():
             failure = json.loads(path.read_text(encoding="utf-8"))
             raise getattr(errors, failure["type"], DetoxError)(failure["message"])
+
+
+def _is_placement(key: str) -> bool:
+    if key.startswith("reward.classifiers.") or key.startswith("evaluation.judge."):
+        return key.rpartition(".")[2] in CLASSIFIER_PLACEMENT
+    return key.startswith(PLACEMENT)
+
+
+def _lock(path: Path) -> None:
+    """Hold the file for the life of this process.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    if path in _held:
+        return
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"{path.parent} is in use by another process; wait, or choose another name=...") from None
+    _held[path] = file
+
+
+_held: dict[Path, Any] = {}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
-from detox_ray.learner.train_loop import read_metrics
+from detox_ray.metrics_file import read_metrics
 
 POLL_S = 0.5
 
@@ -30,7 +31,7 @@ class Terminal:
     def stage(self, text: str) -> None:
         """A line that says what happens now, with the minutes since the start."""
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
-        self.console.print(f"[dim]{minutes:2d}:{seconds:02d}[/dim] {text}", soft_wrap=True)
+        self.console.print(f"[dim]{minutes:2d}:{seconds:02d}[/dim] {escape(text)}", soft_wrap=True)
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[Callable[[float], None]]:

@@ -115,7 +115,7 @@ def test_more_workers_than_cpus(refused: Refused) -> None:
 
 
 def test_no_vllm(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_vllm_architectures", lambda: None)
+    monkeypatch.setattr(engine, "_why_not_vllm", lambda architecture: engine.NOT_INSTALLED)
     assert "vLLM is not installed; install" in refused("rollout.engine=vllm")
 
 
@@ -131,10 +131,14 @@ def test_prompts_that_do_not_fit_the_model(refused: Refused) -> None:
 
 
 def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    refused("rollout.engine=transformers", "ray.address=127.0.0.1:1")
-    error = refused("rollout.engine=transformers", "ray.address=127.0.0.1:1", "ppo.learning_rate=0.5")
-    assert "holds a run with ppo.learning_rate = 0.0003, not 0.5" in error
+    nowhere = ("rollout.engine=transformers", "ray.address=127.0.0.1:1")
+    refused(*nowhere)
+    # Nothing was trained yet: the corrected command is not refused for what the first one said.
+    assert "does not answer" in refused(*nowhere, "ppo.learning_rate=0.5")
+    (tmp_path / "runs" / "run" / "checkpoints").mkdir()
+    error = refused(*nowhere, "ppo.learning_rate=0.25")
+    assert "holds a run with ppo.learning_rate = 0.5, not 0.25" in error
+    assert "does not answer" in refused(*nowhere, "ppo.learning_rate=0.5", "rollout.timeout_s=7", "train.threads=2")
 
 
 def test_evaluate_without_a_run(

@@ -109,6 +109,13 @@ def remove_lab() -> bool:
     return any(p.suffix == "" for p in ours)
 
 
+def uses_lab(config: Config) -> bool:
+    """Whether any model or prompts of `config` are the lab's."""
+    classifiers = [*config.reward.classifiers, config.evaluation.judge]
+    names = [config.data.source, config.policy.model, *(c.model for c in classifiers)]
+    return any(name.startswith(LAB_PREFIX) for name in names)
+
+
 def resolve_lab(config: Config, progress: Progress | None = None) -> Config:
     """A copy of `config` with the lab's paths in place of `lab:...`; the lab is built once when any is present.
 

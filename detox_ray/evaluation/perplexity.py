@@ -9,8 +9,10 @@ import torch
 from detox_ray.errors import DataError, ModelError
 
 
-def load_reference_model(path: str, revision: str | None = None) -> Any:
-    """A causal language model for scoring, in evaluation mode: float32 on the CPU, bfloat16 on a GPU if there is one.
+def load_reference_model(
+    path: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """A causal language model for scoring, in evaluation mode.
 
     `path` is a folder or hub id with safetensors weights; code that comes with a model is not run.
 
@@ -19,7 +21,6 @@ def load_reference_model(path: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False

@@ -25,6 +25,14 @@ def sum_over_learners(*values: Tensor | float) -> list[Tensor]:
     return list(tensor.cpu())
 
 
+def max_over_learners(value: Tensor) -> Tensor:
+    """The largest of a scalar over the learners."""
+    if world()[1] > 1:
+        value = value.detach().clone()
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its sum over the learners: adapter and value head only, so one small message."""
     gradients = [p.grad for p in parameters if p.grad is not None]

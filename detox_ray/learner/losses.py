@@ -67,9 +67,16 @@ def importance_weights(proximal: Tensor, behaviour: Tensor, mask: Tensor, cap: f
     return torch.where(mask, (proximal - behaviour).exp().clamp(max=cap), 0.0)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+def moments(values: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Number of tokens and the sums over them that `explained_variance` takes; they add up over learners."""
+    target = returns[mask].double()
+    error = target - values[mask].double()
+    return mask.sum(), target.sum(), (target**2).sum(), error.sum(), (error**2).sum()
+
+
+def explained_variance(count: Tensor, total: Tensor, square: Tensor, error: Tensor, error_square: Tensor) -> float:
     """1 - var(returns - values) / var(returns) over all tokens: 1 is perfect, 0 no better than a constant."""
-    variance = returns[mask].var()
-    if not variance > 0:
+    variance = square / count - (total / count) ** 2
+    if not variance > 1e-12:
         return 0.0
-    return float(1 - (returns - values)[mask].var() / variance)
+    return float(1 - (error_square / count - (error / count) ** 2) / variance)

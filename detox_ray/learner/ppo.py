@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from detox_ray.config import PPOConfig
-from detox_ray.errors import SyncError
+from detox_ray.errors import DetoxError, SyncError
 from detox_ray.learner.advantages import gae, grpo, rloo, standardise, token_rewards
-from detox_ray.learner.distributed import sum_gradients, sum_over_learners, world
+from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
 from detox_ray.learner.kl import KLController, k1
-from detox_ray.learner.losses import explained_variance, importance_weights, policy_loss, value_loss
+from detox_ray.learner.losses import explained_variance, importance_weights, moments, policy_loss, value_loss
 from detox_ray.policy.policy import Policy, TokenValues
 from detox_ray.policy.sequences import Sequences, collate
 from detox_ray.records import Rollout
@@ -110,10 +110,11 @@ class PPO:
         tokens = mask.sum()
         gap = (current.logprobs - behaviour).abs()
         gap_sum, token_count = sum_over_learners(gap.sum(), tokens)
-        if on_policy and not gap_sum / token_count <= law.max_logprob_gap:
+        if not torch.isfinite(gap_sum) or (on_policy and gap_sum / token_count > law.max_logprob_gap):
             raise SyncError(
                 f"engine and learner differ by {float(gap_sum / token_count):.3g} nats a token on the same policy "
-                f"(rollout.max_logprob_gap={law.max_logprob_gap:g}); use rollout.base=dequantized, or raise the bound"
+                f"(rollout.max_logprob_gap={law.max_logprob_gap:g}); use rollout.base=dequantized, top_p=1, top_k=0, "
+                "or raise the bound"
             )
         importance = importance_weights(current.logprobs, behaviour, mask, config.importance_cap)
         kl = k1(current.logprobs, reference.logprobs, mask)
@@ -135,11 +136,11 @@ class PPO:
             "kl_coefficient": self.kl_controller.coefficient,
             "entropy": entropy_sum / token_count,
             "logprob_gap_mean": gap_sum / token_count,
-            "logprob_gap_max": gap.max(),
+            "logprob_gap_max": max_over_learners(gap.max()),
             "importance_mean": weight_sum / token_count,
             "importance_capped": capped / token_count,
             "response_length": token_count / responses,
-            "explained_variance": explained_variance(current.values, returns, mask),
+            "explained_variance": explained_variance(*sum_over_learners(*moments(current.values, returns, mask))),
         }
         experience = Experience(sequences, mask, current.logprobs, current.values, advantages, returns, importance)
         return experience, {name: float(value) for name, value in metrics.items()}
@@ -157,6 +158,7 @@ class PPO:
     def _train(self, experience: Experience) -> dict[str, float]:
         """The epochs; stops early once the policy has moved further than `target_kl` from where it began."""
         config = self.config
+        self.policy.set_dropout(True)
         parameters = list(self.policy.trainable().values())
         totals = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "grad_norm"), 0.0)
         steps, approx_kl = 0, 0.0
@@ -171,6 +173,8 @@ class PPO:
                 sums += self._backward(experience.rows(piece), tokens)
             sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise DetoxError(f"the gradient is {float(norm)}; lower ppo.learning_rate, or look at the rewards")
             self.optimizer.step()
 
             means = torch.stack(sum_over_learners(*sums)) / tokens.cpu()
@@ -198,6 +202,7 @@ class PPO:
     @torch.no_grad()
     def _forward_without_gradient(self, sequences: Sequences, reference: bool) -> TokenValues:
         """The whole batch in pieces of similar length; entropy only for the policy."""
+        self.policy.set_dropout(False)
         shape = sequences.response_mask().shape
         whole = TokenValues(*(torch.zeros(shape, device=self._device) for _ in range(3)))
         everything = torch.arange(shape[0], device=self._device)

@@ -18,13 +18,18 @@ from detox_ray.config import Config
 from detox_ray.errors import DetoxError
 from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.metrics_file import (
+    ADAPTER_FOLDER,
+    FAILURE_FILE,
+    METRICS_FILE,
+    STEPS_FILE,
+    append_metrics,
+    cut_metrics,
+    write_atomically,
+)
 from detox_ray.policy.adapter import Adapter, load_adapter, save_adapter
 from detox_ray.policy.policy import Canary, Policy
 from detox_ray.records import Rollout
-
-METRICS_FILE = "metrics.jsonl"
-FAILURE_FILE = "failure.json"
-ADAPTER_FOLDER = "adapter"
 
 
 class ScoredBatch(Protocol):
@@ -55,7 +60,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class LearnerTask:
-    """All a learner needs, small enough to send."""
+    """All a learner needs, in a form that can be sent."""
 
     config: Config
     run_dir: str
@@ -66,14 +71,15 @@ class LearnerTask:
 
 
 def train_loop(settings: dict[str, LearnerTask]) -> None:
-    """Run the learner; an error that a new attempt would meet again is written down instead of raised."""
+    """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
     task = settings["task"]
     try:
         _train(task)
     except DetoxError as error:
-        # Raising would make Ray Train try again what cannot succeed.
-        if world()[0] == 0:
-            write_failure(Path(task.run_dir), error)
+        write_failure(Path(task.run_dir), error)
+        # Ray Train would try again what cannot succeed, but several learners must all stop: one may wait for another.
+        if world()[1] > 1:
+            raise
 
 
 def _train(task: LearnerTask) -> None:
@@ -84,7 +90,7 @@ def _train(task: LearnerTask) -> None:
     first_step = _resume(ppo)
     last_step = config.train.total_steps - 1
     on_first_learner(stream.connect)
-    version = on_first_learner(lambda: stream.publish(policy.adapter, policy.canary(task.canary_length)))
+    on_first_learner(lambda: stream.publish(policy.adapter, policy.canary(task.canary_length)))
     if world()[0] == 0:
         cut_metrics(run_dir / METRICS_FILE, first_step)
 
@@ -139,7 +145,7 @@ def _checkpoint(ppo: PPO, step: int, metrics: dict[str, Any], run_dir: Path) -> 
         ray.train.report(metrics)
         return
     adapter = ppo.policy.adapter(version=step)
-    save_adapter(adapter, run_dir / ADAPTER_FOLDER)
+    save_adapter(adapter, run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(step + 1)})
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(adapter, Path(folder) / ADAPTER_FOLDER)
         torch.save({"step": step, **ppo.state()}, Path(folder) / "learner.pt")
@@ -158,32 +164,7 @@ def _resume(ppo: PPO) -> int:
     return int(state["step"]) + 1
 
 
-def append_metrics(path: Path, line: dict[str, Any]) -> None:
-    """Append one step's line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def cut_metrics(path: Path, first_step: int) -> None:
-    """Drop the lines of steps that will be run again, so that no step stands in the file twice."""
-    kept = [line for line in read_metrics(path) if line["step"] < first_step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-
 def write_failure(run_dir: Path, error: DetoxError) -> None:
     """Leave the error for the driver."""
     content = {"type": type(error).__name__, "message": str(error)}
-    (run_dir / FAILURE_FILE).write_text(json.dumps(content), encoding="utf-8")
+    write_atomically(run_dir / FAILURE_FILE, json.dumps(content))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ def check_fits(model: PeftModel, adapter: Adapter) -> None:
     Raises:
         ModelError: a tensor is missing, left over, or of another shape: the adapter belongs to another base.
     """
+    own = model.peft_config[model.active_adapter].to_dict()
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
+        if (adapter.peft_config.get(key) or 0) != (own.get(key) or 0):
+            raise ModelError(
+                f"adapter has {key}={adapter.peft_config.get(key)!r} and policy.lora makes {key}={own.get(key)!r}; "
+                "set policy.lora to what the adapter was trained with"
+            )
     state = get_peft_model_state_dict(model)
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
@@ -82,13 +90,18 @@ def write_weights(model: PeftModel, adapter: Adapter) -> None:
     set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(t)) for name, t in adapter.tensors.items()})
 
 
-def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write the adapter where plain `PeftModel.from_pretrained(base, folder)` finds it; replaces the folder whole."""
+def save_adapter(adapter: Adapter, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Write the adapter where plain `PeftModel.from_pretrained(base, folder)` finds it; replaces the folder whole.
+
+    `notes` are small text files, by name, to keep beside it.
+    """
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     save_file({n: np.ascontiguousarray(t) for n, t in adapter.tensors.items()}, scratch / TENSOR_FILE)
     (scratch / CONFIG_FILE).write_text(json.dumps(adapter.peft_config, indent=2, sort_keys=True), encoding="utf-8")
+    for name, text in (notes or {}).items():
+        (scratch / name).write_text(text, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)
 

@@ -117,16 +117,16 @@ def _keep_gradients_right_on_cpu(model: torch.nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no declared attribute of nn.Module
 
 
-def write_dequantized_base(config: PolicyConfig, folder: Path) -> Path:
-    """Write the quantised base, dequantised once, as a plain checkpoint: an engine on it is the learner.
+def write_dequantized_base(config: PolicyConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Path:
+    """Write the quantised base, dequantised once, as a plain checkpoint: what the learner computes.
 
-    Does nothing when `folder` is there already; a killed write leaves nothing that looks complete.
+    It is dequantised on `device` and written in `dtype`, that of the learner's computations. Does nothing when `folder`
+    is there already; a killed write leaves nothing that looks complete.
     """
     if folder.exists():
         return folder
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_base(config, device)
-    model = model.dequantize().to(compute_dtype(config, device))
+    model = model.dequantize().to(dtype)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")

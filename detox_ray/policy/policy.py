@@ -108,8 +108,18 @@ class Policy(nn.Module):
         return TokenValues(*(_unflatten(flat, mask) for flat in (flat_logprobs, flat_values, flat_entropy)))
 
     def canary(self, max_length: int) -> Canary:
-        """The policy's own answers on the canary."""
+        """The policy's own answers on the canary, without dropout."""
+        self.set_dropout(False)
         return canary_of(self.model, max_length)
+
+    def set_dropout(self, active: bool) -> None:
+        """Switch the adapter's dropout; the base has none.
+
+        Everything else stays in training mode: in evaluation mode int8 layers compute another function.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.train(active)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's and the value head's parameters by name."""

@@ -165,7 +165,7 @@ class TransformersClassifier:
                     {key: [values[i] for i in rows] for key, values in encoded.items()}, return_tensors="pt"
                 ).to(self._device)
                 logits[rows] = self._model(**batch).logits.double().cpu().numpy()
-        return _finite(self.name, logits)
+        return _finite(self.name, logits) / self._config.temperature
 
     @property
     def _empty_token_id(self) -> int:
@@ -211,6 +211,9 @@ class LinearClassifier:
                 f"classifier {self.name!r} returned {outside:.4g}, which is not a probability; "
                 f"{self._config.model} must return values in [0, 1]"
             )
+        if self._config.temperature != 1.0:
+            odds = np.clip(values, PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
+            values = 1.0 / (1.0 + ((1.0 - odds) / odds) ** (1.0 / self._config.temperature))
         return values if self._config.label_means == "toxic" else 1.0 - values
 
 

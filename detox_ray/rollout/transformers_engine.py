@@ -20,7 +20,7 @@ class TransformersEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self.version = -1
         self._spec = spec
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(spec.device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=False
         )
@@ -31,6 +31,8 @@ class TransformersEngine:
             use_safetensors=True,
             trust_remote_code=False,
         )
+        # What `generate` is not told it takes from here: say a repetition penalty, of which the learner knows nothing.
+        model.generation_config = GenerationConfig()
         self._model: Any = model.to(self._device).eval()
 
     @torch.inference_mode()

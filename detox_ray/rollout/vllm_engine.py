@@ -1,8 +1,9 @@
 """Rollout engine on vLLM, in process. Import this module only where vLLM is meant to run."""
 
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class VllmEngine:
         self.version = -1
         self._spec = spec
         self._lora: LoRARequest | None = None
-        self._scratch = tempfile.TemporaryDirectory(prefix="detox_ray-adapters-")
+        self._scratch = Path(tempfile.mkdtemp(prefix="detox_ray-adapter-")) if spec.sync == "adapter" else Path()
         self._pristine = load_pristine_weights(spec.model, spec.revision) if spec.sync == "merged" else {}
         options: dict[str, Any] = {"dtype": spec.dtype}
         if spec.sync == "adapter":
@@ -102,16 +103,16 @@ class VllmEngine:
     def apply(self, adapter: Adapter) -> None:
         """See `RolloutEngine.apply`."""
         if self._spec.sync == "merged":
-            weights = list(merged_weights(self._pristine, adapter))
-            self._llm.collective_rpc(_reload_weights, args=(weights,))
+            self._llm.collective_rpc(_reload_weights, args=(merged_weights(self._pristine, adapter),))
             self._llm.reset_prefix_cache()
         else:
-            folder = Path(self._scratch.name) / f"v{adapter.version}"
+            folder = self._scratch / f"v{adapter.version}"
             save_adapter(adapter, folder)
             request = LoRARequest(f"v{adapter.version}", adapter.version + 1, str(folder))
             self._llm.llm_engine.add_lora(request)
             if self._lora is not None:
                 self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
+                shutil.rmtree(self._lora.lora_path)
             self._lora = request
         self.version = adapter.version
 
@@ -126,8 +127,8 @@ class VllmEngine:
         return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
 
 
-def _reload_weights(worker: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
-    worker.model_runner.reload_weights(weights_iterator=iter(weights))
+def _reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    worker.model_runner.reload_weights(weights_iterator=weights)
 
 
 def _lora_rank_bucket(rank: int) -> int:

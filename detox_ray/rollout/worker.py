@@ -1,7 +1,6 @@
 """The Ray actor that holds a rollout engine."""
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,19 +23,12 @@ class Acknowledgement:
     canary: list[dict[int, float]]
 
 
-@dataclass(frozen=True)
-class RolloutPart:
-    """The responses of one call and the seconds the engine took."""
-
-    rollouts: list[Rollout]
-    seconds: float
-
-
 class RolloutWorker:
     """Samples with one engine; after a crash Ray starts it anew on the pristine base (version -1)."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self._engine = load_engine(spec)
+        self._digest = ""
 
     def version(self) -> int:
         """Version of the adapter served; -1 on the pristine base."""
@@ -55,18 +47,20 @@ class RolloutWorker:
         digest = content_digest(adapter.peft_config, adapter.tensors)
         if digest != adapter.digest:
             raise SyncError(f"adapter version {adapter.version} arrived with digest {digest}, sent as {adapter.digest}")
+        if (adapter.version, digest) == (self._engine.version, self._digest):
+            # Asked again because the answer was lost; serve as before and answer anew.
+            return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
         if adapter.version <= self._engine.version:
             raise SyncError(
                 f"adapter version {adapter.version} is not newer than {self._engine.version}, which is served"
             )
         self._engine.apply(adapter)
+        self._digest = digest
         return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
 
-    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> RolloutPart:
+    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
         """`samples` responses to each prompt, under the adapter served."""
-        start = time.perf_counter()
-        rollouts = self._engine.generate(prompts, samples, sampling)
-        return RolloutPart(rollouts, time.perf_counter() - start)
+        return self._engine.generate(prompts, samples, sampling)
 
 
 def start_workers(spec: EngineSpec, config: RolloutConfig) -> list[Any]:

@@ -92,7 +92,7 @@ def test_json_has_the_published_shape(evaluation):
             "toxicity_probability",
             "perplexity",
             "distinct_2",
-            "distinct_2_uncut",
+            "distinct_2_per_prompt",
             "mean_length",
             "share_empty",
             "repetition",
@@ -111,8 +111,8 @@ def test_json_has_the_published_shape(evaluation):
 
 
 def test_files_hold_every_response_with_its_scores(evaluation, systems, tmp_path):
-    write_evaluation(tmp_path, evaluation)
-    assert read_evaluation(tmp_path) == json.loads(json.dumps(evaluation.to_json()))
+    write_evaluation(tmp_path, evaluation, steps=3)
+    assert read_evaluation(tmp_path) == json.loads(json.dumps(evaluation.to_json())) | {"steps": 3}
     rows = read_generations(tmp_path / "generations.parquet").to_pylist()
     assert len(rows) == 96
     tuned = [row for row in rows if row["system"] == "tuned"]

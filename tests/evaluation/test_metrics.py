@@ -148,3 +148,38 @@ def test_permutation_p_value_is_one_without_a_difference_and_never_zero():
     same = np.linspace(0, 1, 30)
     assert metrics.paired_permutation_p_value(same, same, 500, 0) == 1
     assert metrics.paired_permutation_p_value(same, same - 5, 500, 0) == pytest.approx(1 / 501)
+
+
+def test_corpus_distinct_n_sees_what_is_said_to_every_prompt() -> None:
+    rng = np.random.default_rng(0)
+    varied = [[rng.integers(0, 1000, 12).tolist() for _ in range(3)] for _ in range(40)]
+    stock = [[[1, 2, 3, 4, 5, 6, *ids[6:]] for ids in samples] for samples in varied]
+    result = metrics.corpus_distinct_n(varied, stock, 2)
+    bigrams = [(a, b) for samples in stock for ids in samples for a, b in itertools.pairwise(ids)]
+    assert result.tuned.value == pytest.approx(len(set(bigrams)) / len(bigrams))
+    assert result.ratio.value < 0.7
+    assert result.ratio.low < result.ratio.value < result.ratio.high < 0.8
+    within = metrics.paired_distinct_n(varied, stock, 2)
+    assert within[1].mean() / within[0].mean() > result.ratio.value + 0.05
+
+
+def test_corpus_distinct_n_does_not_reward_saying_less() -> None:
+    rng = np.random.default_rng(1)
+    long = [[rng.integers(0, 30, 20).tolist() for _ in range(4)] for _ in range(50)]
+    short = [[ids[:5] for ids in samples] for samples in long]
+    result = metrics.corpus_distinct_n(long, short, 2)
+    assert result.ratio.value == pytest.approx(1.0)
+
+
+def test_corpus_distinct_n_intervals_cover_the_difference_between_samples() -> None:
+    """The jackknife's 95% interval holds the mean of many samples of the same size about 95 times in 100."""
+    rng = np.random.default_rng(2)
+    words = 1 / np.arange(1, 400)
+    words /= words.sum()
+
+    def sample() -> list[list[list[int]]]:
+        return [[rng.choice(399, 8, p=words).tolist() for _ in range(2)] for _ in range(60)]
+
+    results = [metrics.corpus_distinct_n(sample(), sample(), 2).base for _ in range(150)]
+    truth = np.mean([r.value for r in results])
+    assert np.mean([r.low <= truth <= r.high for r in results]) >= 0.88

@@ -73,7 +73,7 @@ def run_dir(make_rollouts, tiny_llama, tmp_path_factory):
     systems = group_rollouts("base", make_rollouts(base)), group_rollouts("tuned", make_rollouts(tuned, version=3))
     config = EvaluationConfig(bootstrap_resamples=200)
     path = tmp_path_factory.mktemp("run")
-    write_evaluation(path, measure(*systems, WordJudge(), tiny_llama, 0, {1}, config, seed=5))
+    write_evaluation(path, measure(*systems, WordJudge(), tiny_llama, 0, {1}, config, seed=5), steps=3)
     lines = [
         {"step": s, "reward": s / 10, "reward/a": s / 9, "shaping/short": -0.1, "kl": 0.1 * s, "entropy": 3.0}
         | {"response_length": 12.5, "time_rollout_s": 1.0, "time_learn_s": 2.0, "logprob_gap_mean": 0.0}

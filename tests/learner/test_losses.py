@@ -5,7 +5,7 @@ import torch
 
 from detox_ray.config import KLConfig
 from detox_ray.learner.kl import KLController, k1
-from detox_ray.learner.losses import explained_variance, importance_weights, policy_loss, value_loss
+from detox_ray.learner.losses import explained_variance, importance_weights, moments, policy_loss, value_loss
 
 pytestmark = pytest.mark.unit
 
@@ -93,6 +93,9 @@ def test_adaptive_coefficient_follows_the_kl_and_is_bounded() -> None:
 
 def test_explained_variance() -> None:
     returns = random_tensor(0)
-    assert explained_variance(returns, returns, MASK) == pytest.approx(1.0)
-    assert explained_variance(torch.zeros(2, 3), returns, MASK) == pytest.approx(0.0)
-    assert explained_variance(returns, torch.ones(2, 3), MASK) == 0.0
+    values = random_tensor(1)
+    expected = 1 - (returns - values)[MASK].var() / returns[MASK].var()
+    assert explained_variance(*moments(values, returns, MASK)) == pytest.approx(expected.item(), rel=1e-5)
+    assert explained_variance(*moments(returns, returns, MASK)) == pytest.approx(1.0)
+    assert explained_variance(*moments(torch.zeros(2, 3), returns, MASK)) == pytest.approx(0.0)
+    assert explained_variance(*moments(returns, torch.ones(2, 3), MASK)) == 0.0

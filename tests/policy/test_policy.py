@@ -60,7 +60,8 @@ def test_logprobs_equal_those_of_transformers_on_the_dequantised_base(
     policy = policy_of(tiny_model, quantization)
     folder: str | Path = tiny_model
     if quantization != "none":
-        folder = write_dequantized_base(PolicyConfig(model=tiny_model, quantization=quantization), tmp_path / "base")
+        config = PolicyConfig(model=tiny_model, quantization=quantization)
+        folder = write_dequantized_base(config, tmp_path / "base", CPU, torch.float32)
     save_adapter(policy.adapter(0), tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(folder)
     assert_rows_close(policy(batch(), reference=True).logprobs, transformers_logprobs(base, batch()))
@@ -96,7 +97,7 @@ def test_gradients_are_the_same_after_a_scoring_pass(tiny_model: str, quantizati
 
 
 def test_nf4_gradients_point_where_those_of_the_dequantised_base_do(tiny_model: str, tmp_path: Path) -> None:
-    folder = write_dequantized_base(PolicyConfig(model=tiny_model), tmp_path / "base")
+    folder = write_dequantized_base(PolicyConfig(model=tiny_model), tmp_path / "base", CPU, torch.float32)
     flat = []
     for policy in (policy_of(tiny_model, "nf4"), policy_of(str(folder))):
         with torch.no_grad():
@@ -137,12 +138,31 @@ def test_an_adapter_of_another_base_is_refused(tiny_model: str, tmp_path: Path) 
     )
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
     save_adapter(policy_of(str(tmp_path / "other")).adapter(0), tmp_path / "adapter")
-    config = PolicyConfig(model=tiny_model, adapter=str(tmp_path / "adapter"), lora=LoraConfig(rank=4))
+    config = PolicyConfig(model=tiny_model, adapter=str(tmp_path / "adapter"), lora=LoraConfig(rank=4, alpha=8))
     with pytest.raises(ModelError, match="does not fit the base"):
         check_adapter(config)
     check_adapter(config.model_copy(update={"model": str(tmp_path / "other")}))
     with pytest.raises(ModelError, match="does not fit the base"):
         policy_of(tiny_model, adapter=str(tmp_path / "adapter"))
+
+
+def test_an_adapter_of_another_scale_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    save_adapter(policy_of(tiny_model).adapter(0), tmp_path / "adapter")
+    config = PolicyConfig(model=tiny_model, adapter=str(tmp_path / "adapter"), lora=LoraConfig(rank=4, alpha=16))
+    with pytest.raises(ModelError, match=r"lora_alpha=8\.0 and policy\.lora makes lora_alpha=16\.0"):
+        check_adapter(config)
+
+
+def test_dropout_is_off_in_the_canary_and_on_in_training(tiny_model: str) -> None:
+    config = PolicyConfig(model=tiny_model, quantization="none", lora=LoraConfig(rank=4, dropout=0.5))
+    policy = Policy(config, CPU)
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    policy.set_dropout(True)
+    assert not torch.equal(policy(batch()).logprobs, policy(batch()).logprobs)
+    assert np.array_equal(policy.canary(150).logprobs, policy.canary(150).logprobs)
 
 
 def test_a_saved_adapter_is_the_adapter(tiny_model: str, tmp_path: Path) -> None:

@@ -285,3 +285,14 @@ def test_a_classifier_of_the_field(meaning: dict) -> None:
         classifier = load_classifier(transformers_config(MINILM, output=output, **meaning))
         rude, civil = classifier.score(["you stupid idiot, shut up", "thank you, that was kind of you"])
         assert rude < civil - 0.3
+
+
+def test_temperature_divides_the_logits(two_labels: Path) -> None:
+    texts = ["you fool", "a fine day"]
+    for config in (
+        ClassifierConfig(name="t", kind="transformers", model=str(two_labels), label=1, output="logit"),
+        ClassifierConfig(name="l", kind="linear", model="profanity_check:predict_prob", output="logit"),
+    ):
+        plain = load_classifier(config).score(texts)
+        softened = load_classifier(config.model_copy(update={"temperature": 2.0})).score(texts)
+        assert softened == pytest.approx(plain / 2, abs=1e-4)

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from detox_ray.config import ShapingConfig
-from detox_ray.rewards.shaping import repeated_bigram_share, shape
+from detox_ray.config import ExtraTerm, ShapingConfig
+from detox_ray.errors import ConfigError, RewardError
+from detox_ray.rewards.shaping import load_term, repeated_bigram_share, shape
 
 pytestmark = pytest.mark.unit
 
@@ -36,3 +37,22 @@ def test_share_of_repeated_bigrams() -> None:
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="4 responses but 1"):
         shape(RESPONSES, ["stop"], ShapingConfig())
+
+
+def count_sevens(response_ids: list[np.ndarray], finish_reasons: list[str]) -> np.ndarray:
+    return np.array([(ids == 7).sum() for ids in response_ids])
+
+
+def test_a_term_of_the_users_own() -> None:
+    config = ShapingConfig(extra=[ExtraTerm(name="sevens", function=f"{__name__}:count_sevens", weight=-0.5)])
+    terms = shape([np.array([7, 1, 7]), np.array([2])], ["stop", "stop"], config)
+    assert terms["sevens"].tolist() == [-1.0, 0.0]
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        load_term(ExtraTerm(name="x", function="nowhere:at_all"))
+    wrong = ShapingConfig(extra=[ExtraTerm(name="x", function=f"{__name__}:one_number")])
+    with pytest.raises(RewardError, match="one finite number a response"):
+        shape([np.array([1]), np.array([2])], ["stop", "stop"], wrong)
+
+
+def one_number(response_ids: list[np.ndarray], finish_reasons: list[str]) -> float:
+    return 0.0

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.unit
         ("GPT2LMHeadModel", ("vllm", "merged")),
         ("GPTNeoXForCausalLM", ("vllm", "merged")),
         ("GPTNeoForCausalLM", ("transformers", "adapter")),
+        ("BloomForCausalLM", ("transformers", "adapter")),
+        ("MptForCausalLM", ("transformers", "adapter")),
     ],
 )
 def test_auto_knows_what_vllm_serves(architecture: str, expected: tuple[str, str]) -> None:
@@ -28,16 +30,31 @@ def test_auto_knows_what_vllm_serves(architecture: str, expected: tuple[str, str
 
 
 def test_without_vllm_transformers_is_chosen_and_vllm_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_vllm_architectures", lambda: None)
+    monkeypatch.setattr(engine, "_why_not_vllm", lambda architecture: engine.NOT_INSTALLED)
     assert choose_engine(RolloutConfig(), "LlamaForCausalLM") == ("transformers", "adapter", "vLLM is not installed")
     with pytest.raises(ConfigError, match="vLLM is not installed; install"):
         choose_engine(RolloutConfig(engine="vllm"), "LlamaForCausalLM")
 
 
-def test_vllm_for_what_it_does_not_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_vllm_architectures", lambda: '"LlamaForCausalLM": ("llama", "LlamaForCausalLM")')
-    with pytest.raises(ConfigError, match=r"does not serve GPTNeoForCausalLM; set rollout\.engine=transformers"):
+def test_vllm_for_what_it_does_not_serve_is_refused() -> None:
+    pytest.importorskip("vllm.version", reason="vLLM is not installed")
+    with pytest.raises(ConfigError, match=r"does not serve GPTNeoForCausalLM; .*set rollout\.engine=transformers"):
         choose_engine(RolloutConfig(engine="vllm"), "GPTNeoForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("settings", "architecture", "message"),
+    [
+        ({"sync": "adapter"}, "GPT2LMHeadModel", r"no LoRA for GPT2LMHeadModel; use rollout\.sync=merged"),
+        ({"sync": "merged"}, "GPTNeoForCausalLM", r"rollout\.sync=merged needs the vllm engine"),
+        ({"engine": "transformers", "base": "bitsandbytes"}, "LlamaForCausalLM", r"base=bitsandbytes needs the vllm"),
+        ({"sync": "merged", "base": "bitsandbytes"}, "LlamaForCausalLM", "cannot be merged into"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict, architecture: str, message: str) -> None:
+    pytest.importorskip("vllm.version", reason="vLLM is not installed")
+    with pytest.raises(ConfigError, match=message):
+        choose_engine(RolloutConfig(**settings), architecture)
 
 
 def test_the_schedule_passes_over_all_prompts_and_needs_no_state() -> None:

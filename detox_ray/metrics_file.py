@@ -1,0 +1,43 @@
+"""Files of a run that outlive a kill: the metrics, a line a step, and whatever must be whole or absent."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+FAILURE_FILE = "failure.json"
+ADAPTER_FOLDER = "adapter"
+STEPS_FILE = "steps.txt"  # in the adapter's folder: how many steps it was trained for
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file whole: whoever reads it, also after a kill, finds the old content or the new."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def append_metrics(path: Path, line: dict[str, Any]) -> None:
+    """Append one step's line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def cut_metrics(path: Path, first_step: int) -> None:
+    """Drop the lines of steps that will be run again, so that no step stands in the file twice."""
+    kept = [line for line in read_metrics(path) if line["step"] < first_step]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

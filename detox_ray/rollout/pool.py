@@ -1,0 +1,223 @@
+"""The rollout workers as one: responses from all, verified pushes to all, and dead ones brought back."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from detox_ray.config import RolloutConfig
+from detox_ray.errors import DetoxError, ModelError, SyncError
+from detox_ray.policy.adapter import Adapter
+from detox_ray.policy.policy import Canary
+from detox_ray.records import Prompt, Rollout, Sampling
+from detox_ray.rollout.worker import Acknowledgement
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3  # a call that takes its worker down this often is not asked again
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Push:
+    """An adapter under way: its place in the object store, and what every worker must answer."""
+
+    reference: Any
+    version: int
+    digest: str
+    canary: Canary
+    previous: Canary | None
+
+
+@dataclass
+class Part:
+    """One worker's share of a call, as asked for: enough to ask again."""
+
+    worker: int
+    prompts: Sequence[Prompt]
+    samples: int
+    sampling: Sampling
+    reference: Any
+
+
+class WorkerPool:
+    """N worker actors that serve one adapter version. Picklable; its copies share the actors."""
+
+    def __init__(self, workers: list[Any], config: RolloutConfig, canary_tolerance: float) -> None:
+        """`canary_tolerance`: largest difference between a worker's answer and the learner's, in nats."""
+        self.version = -1
+        self._workers = workers
+        self._config = config
+        self._tolerance = canary_tolerance
+        self._push: Push | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_push": None}
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return len(self._workers)
+
+    def connect(self) -> None:
+        """Wait until every engine has started, and learn which version they serve; the next push continues from there.
+
+        Raises:
+            ModelError: an engine does not start.
+        """
+        self.version = max(self._served_version(index) for index in range(self.size))
+
+    def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
+        """Push `make_adapter(next version)` to every worker, once through the object store; returns the version.
+
+        Raises:
+            SyncError: a worker acknowledges something else, or answers the canary unlike the learner.
+        """
+        adapter = make_adapter(self.version + 1)
+        previous = self._push.canary if self._push else None
+        self._push = Push(ray.put(adapter), adapter.version, adapter.digest, canary, previous)
+        answers = [self._submit_push(index) for index in range(self.size)]
+        for index, answer in enumerate(answers):
+            try:
+                self._verify(index, ray.get(answer, timeout=self._config.timeout_s))
+            except (RayActorError, GetTimeoutError) as error:
+                self._restore(index, error)
+            except RayTaskError as error:
+                raise _own_error(error) from None
+        self.version = adapter.version
+        return adapter.version
+
+    def submit(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Part]:
+        """Start `samples` responses to each prompt: even, contiguous shares, each with a seed of its own."""
+        edges = np.linspace(0, len(prompts), self.size + 1).astype(int)
+        parts = []
+        for index, (start, end) in enumerate(pairwise(edges)):
+            if end > start:
+                own = replace(sampling, seed=(sampling.seed * 31 + index) % 2**31)
+                parts.append(self._ask(Part(index, prompts[start:end], samples, own, None)))
+        return parts
+
+    def result(self, part: Part) -> list[Rollout]:
+        """Wait for a part, prompt by prompt; a worker that died or hangs is brought back and asked again.
+
+        Raises:
+            ModelError: its engine does not start again, or the call takes the worker down every time.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                return ray.get(part.reference, timeout=self._config.timeout_s)
+            except (RayActorError, GetTimeoutError) as error:
+                self._restore(part.worker, error)
+                self._ask(part)
+            except RayTaskError as error:
+                raise _own_error(error) from None
+        raise ModelError(
+            f"rollout worker {part.worker} went down {ATTEMPTS} times over the same {len(part.prompts)} prompts; "
+            "lower rollout.max_num_seqs or raise rollout.timeout_s, and see ray-logs in the run folder"
+        )
+
+    def sample(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
+        """`samples` responses to each prompt, prompt by prompt; errors as `result`."""
+        return [rollout for part in self.submit(prompts, samples, sampling) for rollout in self.result(part)]
+
+    def _ask(self, part: Part) -> Part:
+        part.reference = self._workers[part.worker].generate.remote(part.prompts, part.samples, part.sampling)
+        return part
+
+    def _restore(self, index: int, cause: Exception) -> None:
+        """Wait for Ray to restart a worker's engine and push it the current adapter; a hung one is killed first."""
+        logger.warning("rollout worker %d is lost (%s); waiting for it to restart", index, type(cause).__name__)
+        if isinstance(cause, GetTimeoutError):
+            ray.kill(self._workers[index], no_restart=False)
+        for _ in range(ATTEMPTS):
+            try:
+                self._served_version(index)
+                if self._push is not None:
+                    self._verify(index, ray.get(self._submit_push(index), timeout=self._config.timeout_s))
+                return
+            except (RayActorError, GetTimeoutError):
+                continue
+            except RayTaskError as error:
+                raise _own_error(error) from None
+        raise ModelError(f"rollout worker {index} went down {ATTEMPTS} times while it was restarted; see its log")
+
+    def _served_version(self, index: int) -> int:
+        """What a worker serves, as soon as its engine has started.
+
+        Raises:
+            ModelError: the engine cannot start, or not within `rollout.start_timeout_s`.
+        """
+        deadline = time.monotonic() + self._config.start_timeout_s
+        while True:
+            try:
+                return ray.get(self._workers[index].version.remote(), timeout=max(0.1, deadline - time.monotonic()))
+            except RayActorError as error:
+                if error.actor_init_failed:
+                    raise ModelError(f"rollout worker {index} does not start: {_last_line(error)}") from None
+                problem = type(error).__name__
+            except GetTimeoutError as error:
+                problem = type(error).__name__
+            if time.monotonic() > deadline:
+                raise ModelError(
+                    f"rollout worker {index} does not start within rollout.start_timeout_s="
+                    f"{self._config.start_timeout_s:g} ({problem}); see ray-logs in the run folder"
+                )
+            time.sleep(POLL_S)
+
+    def _submit_push(self, index: int) -> Any:
+        assert self._push is not None
+        return self._workers[index].apply.remote(self._push.reference, self._push.canary.prefixes)
+
+    def _verify(self, index: int, answer: Acknowledgement) -> None:
+        push = self._push
+        assert push is not None
+        if (answer.version, answer.digest) != (push.version, push.digest):
+            raise SyncError(
+                f"rollout worker {index} acknowledged adapter {answer.version} ({answer.digest[:12]}), "
+                f"not {push.version} ({push.digest[:12]})"
+            )
+        gap = canary_gaps(answer.canary, push.canary)
+        if not gap.max() <= self._tolerance:
+            raise SyncError(
+                f"rollout worker {index} answers the canary {gap.max():.3g} nats off the learner after adapter version "
+                f"{push.version} (tolerance {self._tolerance:g}): it does not serve the learner's policy; "
+                "on a quantised policy use rollout.base=dequantized, or raise rollout.canary_tolerance"
+            )
+        if push.previous is not None and is_stale(answer.canary, push.previous, push.canary):
+            raise SyncError(f"rollout worker {index} acknowledged adapter {push.version} and serves the one before")
+
+
+def canary_gaps(answers: list[dict[int, float]], canary: Canary) -> np.ndarray:
+    """|difference| in nats of every answered log-probability to the canary's; NaN becomes infinite."""
+    rows = zip(answers, canary.logprobs, strict=True)
+    found, expected = np.array([(lp, row[token]) for answer, row in rows for token, lp in answer.items()]).T
+    return np.nan_to_num(np.abs(found - expected), nan=np.inf)
+
+
+def is_stale(answers: list[dict[int, float]], previous: Canary, current: Canary) -> bool:
+    """Whether the answers are those of the previous adapter, as far as the two can be told apart.
+
+    In bfloat16 one step can move the canary by less than the tolerance. With d the mean distance between the canaries
+    on the answered tokens, a worker on the right adapter cannot be within d/4 of the previous one and 3d/4 off its own
+    unless its rounding errors happen to point the very way the adapter moved.
+    """
+    tokens = [list(answer) for answer in answers]
+    rows = zip(tokens, previous.logprobs, current.logprobs, strict=True)
+    distance = np.concatenate([np.abs(old[ids] - new[ids]) for ids, old, new in rows]).mean()
+    to_previous, to_current = (canary_gaps(answers, canary).mean() for canary in (previous, current))
+    return bool(to_previous < distance / 4 and to_current > 3 * distance / 4)
+
+
+def _own_error(error: RayTaskError) -> Exception:
+    """The error of ours that a remote call raised, or the call's own."""
+    return error.cause if isinstance(error.cause, DetoxError) else error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
