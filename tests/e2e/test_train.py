@@ -45,9 +45,11 @@ def wait_for_steps(metrics: Path, steps: int, timeout_s: float = 240) -> None:
 
 
 def ray_processes() -> set[int]:
-    """Ids of Ray's own processes and of the actors on it."""
+    """Ids of Ray's own processes and of the actors on it, as far as they are alive."""
     found = set()
-    for process in psutil.process_iter(["name", "cmdline"]):
+    for process in psutil.process_iter(["name", "cmdline", "status"]):
+        if process.info["status"] == psutil.STATUS_ZOMBIE:
+            continue
         title = " ".join(process.info["cmdline"] or [])
         if title.startswith("ray::") or process.info["name"] in ("raylet", "gcs_server"):
             found.add(process.pid)
@@ -170,3 +172,22 @@ if __name__ == "__main__":
     assert [line["staleness"] for line in lines] == [0, 1, 1]
     tensors = load_file(tmp_path / "api" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+
+
+def test_a_classifier_that_fails_stops_the_run_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(
+        "calls = 0\n\n\ndef toxicity(texts):\n    global calls\n    calls += 1\n"
+        "    if calls > 2:\n        raise OSError('no more')\n    return [len(t) % 7 / 7 for t in texts]\n"
+    )
+    settings = [
+        "name=failing", f"output_dir={tmp_path}", *SMALL, "reward.retries=1",
+        "reward.classifiers=[{name: weak, kind: linear, model: 'failing:toxicity'}]", "rollout.engine=transformers",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [*COMMAND, *settings], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False, env=environment
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "'weak'" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

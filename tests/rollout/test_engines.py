@@ -1,6 +1,7 @@
 """The engines, in worker actors, against plain `peft` on the same base: before and after pushes, past a cache block."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_logprobs_are_those_of_peft_before_and_after_every_push(
         # The adapter of the version before is far away: the check above can fail.
         assert largest_difference(rollouts, AutoModelForCausalLM.from_pretrained(base)) > 0.05
     with pytest.raises(SyncError, match="not newer"):
-        ray.get(worker.apply.remote(adapter, canary.prefixes))
+        ray.get(worker.apply.remote(replace(adapter, version=0), canary.prefixes))
     damaged = Adapter(PUSHES, adapter.digest, adapter.peft_config, {**adapter.tensors})
     name = next(iter(damaged.tensors))
     damaged.tensors[name] = damaged.tensors[name] + 1
