@@ -15,7 +15,8 @@ What differs, because it is how each is made:
 
     rollouts    TRL: `generate` on the LoRA model, in process. Ours: two vLLM actors with the merged adapter, and
                 everything that keeps them honest: the adapter's push through Ray, digests, canary, log-prob check.
-    reward      TRL: a forward pass on token ids in process. Ours: texts to a Ray Serve app, which tokenises again.
+    reward      TRL: a forward pass on token ids in process. Ours: texts to a Ray Serve app (two replicas), which
+                tokenises again.
     value       TRL: a second model of the policy's size, all of it trained. Ours: a linear head on the policy's trunk.
     reference   both: the base with the adapter off.
     proximal    TRL takes the sampler's log-probs. Ours computes them again, for the importance weight.
@@ -162,13 +163,14 @@ def _config(options: argparse.Namespace, scratch: Path) -> Any:
             },
             "rollout": {"workers": 2, "num_cpus": 0.4, "max_new_tokens": NEW_TOKENS, "fixed_length": True},
             "reward": {
-                "classifiers": [reward | {"label_means": "nontoxic", "calibration": "none"}],
+                "classifiers": [reward | {"label_means": "nontoxic", "calibration": "none", "replicas": 2}],
                 "text": "prompt_and_response",
             },
             "ppo": {
                 "batch_size": BATCH,
                 "epochs": EPOCHS,
                 "minibatches": MINIBATCHES,
+                "gradient_accumulation": 2,
                 "learning_rate": LEARNING_RATE,
                 "kl": {"coefficient": KL_COEFFICIENT},
             },
