@@ -45,12 +45,18 @@ def wait_for_steps(metrics: Path, steps: int, timeout_s: float = 240) -> None:
 
 
 def ray_processes() -> set[int]:
-    """Ids of Ray's own processes and of the actors on it, as far as they are alive."""
+    """Ids of raylets, their stores and the actors on them, as far as they are alive.
+
+    Not those of Ray's two agents a node, which outlive a killed driver by a while and then end by themselves.
+    """
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     found = set()
     for process in psutil.process_iter(["name", "cmdline", "status"]):
         if process.info["status"] == psutil.STATUS_ZOMBIE:
             continue
         title = " ".join(process.info["cmdline"] or [])
+        if title.startswith(agents):
+            continue
         if title.startswith("ray::") or process.info["name"] in ("raylet", "gcs_server"):
             found.add(process.pid)
     return found
