@@ -70,12 +70,14 @@ def ray_session(config: Config, log_folder: Path) -> Iterator[None]:
 
     for name in ("ray", "ray.serve", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    address = cluster_address(config)
+    if address is not None:
+        _check_answers(address)
     if ray.is_initialized():
         # The caller's own Ray, say a notebook's: use it and leave it.
         check_resources(config, ray.cluster_resources())
         yield
         return
-    address = cluster_address(config)
     if address is None:
         check_resources(config, local_resources(config))
         ray.init(
@@ -87,7 +89,6 @@ def ray_session(config: Config, log_folder: Path) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     else:
-        _check_answers(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
