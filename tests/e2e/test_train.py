@@ -44,22 +44,14 @@ def wait_for_steps(metrics: Path, steps: int, timeout_s: float = 240) -> None:
         time.sleep(0.2)
 
 
-def ray_processes() -> set[int]:
-    """Ids of raylets, their stores and the actors on them, as far as they are alive.
+def alive_on(driver: psutil.Process) -> list[psutil.Process]:
+    """The raylet, its store and the actors that a driver started.
 
-    Not those of Ray's two agents a node, which outlive a killed driver by a while and then end by themselves.
+    Not Ray's two agents a node, which outlive a killed driver by a minute or two and then end by themselves.
     """
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    found = set()
-    for process in psutil.process_iter(["name", "cmdline", "status"]):
-        if process.info["status"] == psutil.STATUS_ZOMBIE:
-            continue
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith(agents):
-            continue
-        if title.startswith("ray::") or process.info["name"] in ("raylet", "gcs_server"):
-            found.add(process.pid)
-    return found
+    titled = [(process, " ".join(process.cmdline())) for process in driver.children(recursive=True)]
+    return [p for p, title in titled if title and not title.startswith(agents) and "agent.py" not in title]
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +59,20 @@ def killed_and_continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """A run whose learner was killed after step 3 and whose driver after step 5, then continued; what it printed."""
     output = tmp_path_factory.mktemp("runs")
     arguments = [*COMMAND, "name=killed", f"output_dir={output}", *SMALL]
-    before = ray_processes()
     with open(output / "first.log", "w", encoding="utf-8") as log:
         first = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=ROOT)
     metrics = output / "killed" / "metrics.jsonl"
     wait_for_steps(metrics, 3)
-    [learner] = [pid for pid in ray_processes() - before if "RayTrainWorker" in psutil.Process(pid).cmdline()[0]]
-    os.kill(learner, signal.SIGKILL)
+    driver = psutil.Process(first.pid)
+    [learner] = [p for p in alive_on(driver) if "RayTrainWorker" in p.cmdline()[0]]
+    learner.send_signal(signal.SIGKILL)
     wait_for_steps(metrics, 5)
-    os.kill(first.pid, signal.SIGKILL)
+    started = alive_on(driver)
+    driver.send_signal(signal.SIGKILL)
     first.wait()
-    deadline = time.monotonic() + 60
-    while ray_processes() - before:
-        assert time.monotonic() < deadline, f"left behind: {ray_processes() - before}"
-        time.sleep(0.5)
+    _, left = psutil.wait_procs(started, timeout=60)
+    left = [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not left, f"left behind: {[p.cmdline() for p in left]}"
     second = run(arguments)
     assert second.returncode == 0, second.stdout + second.stderr
     return output / "killed", second.stdout
