@@ -83,7 +83,7 @@ def test_a_killed_run_continues_without_gap_or_repeat(killed_and_continued: tupl
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert f"step {STEPS}/{STEPS}" in printed
-    checkpoints = sorted((folder / "checkpoints").glob("checkpoint_*"))
+    checkpoints = sorted(p for p in (folder / "checkpoints").glob("checkpoint_*") if p.is_dir())
     state = torch.load(checkpoints[-1] / "learner.pt", weights_only=True)
     assert state["step"] == STEPS - 1
     config = load_config(ROOT / "configs/laptop.yaml")
