@@ -3,13 +3,13 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from detox_ray.config import Config
+from detox_ray.config import Config, RayConfig
 from detox_ray.errors import ConfigError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -47,42 +47,52 @@ def check_resources(config: Config, available: dict[str, float]) -> None:
 
 def local_resources(config: Config) -> dict[str, float]:
     """What a local Ray of this configuration would have, without starting it."""
-    import torch
-
-    return {"CPU": config.ray.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    return _local_resources(config.ray)
 
 
 def cluster_address(config: Config) -> str | None:
     """The cluster to connect to: `ray.address`, else the one a submitted job runs on, else none (a local Ray)."""
-    return config.ray.address or os.environ.get("RAY_ADDRESS") or None
+    return _address(config.ray)
 
 
 @contextmanager
 def ray_session(config: Config, log_folder: Path) -> Iterator[None]:
-    """Ray for the length of a run; a local one is shut down at the end, a cluster is left running.
-
-    `log_folder` becomes a link to the logs of the Ray session, where everything the workers print goes.
+    """Ray for the length of a run, as `connected`.
 
     Raises:
         ConfigError: the address does not answer, or Ray has fewer CPUs or GPUs than the run needs.
+    """
+    with connected(config.ray, log_folder, lambda available: check_resources(config, available)):
+        yield
+
+
+@contextmanager
+def connected(config: RayConfig, log_folder: Path, check: Callable[[dict[str, float]], None]) -> Iterator[None]:
+    """Ray for the length of a task; a local one is shut down at the end, a cluster is left running.
+
+    `log_folder` becomes a link to the logs of the Ray session, where everything the workers print goes. `check` is
+    given the resources there are, before a local Ray starts and once connected, and raises if they do not suffice.
+
+    Raises:
+        ConfigError: the address does not answer.
     """
     import ray
 
     for name in ("ray", "ray.serve", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    address = cluster_address(config)
+    address = _address(config)
     if address is not None:
         _check_answers(address)
     if ray.is_initialized():
         # The caller's own Ray, say a notebook's: use it and leave it.
-        check_resources(config, ray.cluster_resources())
+        check(ray.cluster_resources())
         yield
         return
     if address is None:
-        check_resources(config, local_resources(config))
+        check(_local_resources(config))
         ray.init(
             address="local",
-            num_cpus=config.ray.num_cpus,
+            num_cpus=config.num_cpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
@@ -94,11 +104,21 @@ def ray_session(config: Config, log_folder: Path) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(_no_answer(address, str(error).split("\n")[0])) from None
     try:
-        check_resources(config, ray.cluster_resources())
+        check(ray.cluster_resources())
         link_logs(log_folder, ray.get_runtime_context().get_session_name())
         yield
     finally:
         ray.shutdown()
+
+
+def _local_resources(config: RayConfig) -> dict[str, float]:
+    import torch
+
+    return {"CPU": config.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+
+
+def _address(config: RayConfig) -> str | None:
+    return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def link_logs(link: Path, session: str) -> None:
