@@ -286,10 +286,18 @@ class EvaluationConfig(Section):
 
 
 class ResponseColumns(Section):
-    """Which columns of a file of responses hold what."""
+    """Which columns of a file of responses hold what; a field of a nested object is `object.field`."""
 
-    prompt: str = "prompt"
-    response: str = "response"
+    prompt: str = Field("prompt", min_length=1, description="column with the prompt")
+    response: str = Field("response", min_length=1, description="column with the response")
+    prompt_score: str | None = Field(None, description="column with the prompt's published toxicity")
+    scores: dict[str, str] = Field({}, description="name of a scorer -> column with its P(toxic) of the response")
+    score_scale: float = Field(1.0, gt=0, description="the scores are divided by it: 100 where the file has percent")
+    system: str | None = Field(None, description="column naming the system, where the file holds several")
+    samples: Literal["all_equal", "fewest"] = Field(
+        "all_equal",
+        description="prompts with different numbers of responses: refuse them, or cut each to the fewest, counted",
+    )
 
 
 class RayConfig(Section):
