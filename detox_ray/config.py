@@ -283,6 +283,8 @@ class EvaluationConfig(Section):
     prompts: int = Field(200, ge=1, description="held-out prompts answered (at most data.heldout_prompts)")
     samples_per_prompt: int = Field(4, ge=1)
     bootstrap_resamples: int = Field(2000, ge=100, description="resamples of the prompts for the 95% intervals")
+    every: int = Field(0, ge=0, description="steps between evaluations during training; 0: none")
+    every_prompts: int = Field(64, ge=1, description="held-out prompts answered, once each, every so many steps")
 
 
 class ResponseColumns(Section):

@@ -1,7 +1,7 @@
 """Score a big file on Ray Data: constant memory, every worker busy, and a killed scoring continues where it stopped.
 
-One reader cuts the file into parts, which depend on the file alone; actors with the classifiers loaded score a part at a
-time and write it to a file of its own. Parts whose file is there are not read on.
+One reader cuts the file into parts, which depend on the file alone; actors with the classifiers loaded score a part at
+a time and write it to a file of its own. Parts whose file is there are not read on.
 """
 
 import hashlib
@@ -221,7 +221,7 @@ def _check_room(workers: int, gpus: float, available: dict[str, float]) -> None:
     for kind, needed in (("CPU", workers * WORKER_CPUS), ("GPU", workers * gpus)):
         if needed > available.get(kind, 0) + 1e-6:
             raise ConfigError(
-                f"{workers} scoring workers need {needed:g} {kind}s and Ray has {available.get(kind, 0):g}; lower workers"
+                f"{workers} scoring workers need {needed:g} {kind}s, Ray has {available.get(kind, 0):g}; lower workers"
             )
 
 
