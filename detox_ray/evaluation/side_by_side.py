@@ -36,14 +36,13 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
             if systems and system.name == evaluation["reference"]:
                 continue
             systems.append(_restricted(system, scorers, _free_name(system.name, folder, systems)))
-    order = [system.name for system in systems]
-    if len(order) < 2:
+    if len(systems) < 2:
         raise DataError(f"{folders[0]} holds one system, and there is nothing to compare it with: name more folders")
-    reference = align([system.responses for system in systems])
-    aligned = [replace(s, responses=r) for s, r in zip(systems, reference, strict=True)]
+    # Only checks: `systems_of` brings the prompts of every folder into one order, so that the scores fit as they are.
+    align([system.responses for system in systems])
     protocol = Protocol(scorers, first["seed"], resamples, first["perplexity_model"], first["relevance_model"])
-    evaluation = compare(aligned, protocol)
-    write_evaluation(output, evaluation, aligned)
+    evaluation = compare(systems, protocol)
+    write_evaluation(output, evaluation, systems)
     return evaluation
 
 
