@@ -146,8 +146,8 @@ def _title(name: str, evaluation: Evaluation) -> str:
 def _setting(evaluation: Evaluation) -> str:
     trained = "held-out " if "steps" in evaluation else ""
     return (
-        f"Judged by {evaluation.get('judge', 'an unnamed judge')} on {evaluation.get('prompts', '?')} {trained}prompts, "
-        f"{evaluation.get('samples_per_prompt', '?')} responses each."
+        f"Judged by {evaluation.get('judge', 'an unnamed judge')} on {evaluation.get('prompts', '?')} "
+        f"{trained}prompts, {evaluation.get('samples_per_prompt', '?')} responses each."
     )
 
 
@@ -201,15 +201,13 @@ def _fluency_tiles(evaluation: Evaluation, system: str) -> list[Tile]:
 
 def _small_print(evaluation: Evaluation) -> list[str]:
     several = len(systems(evaluation)) > 1
-    p_values = {
-        name: p for name in compared_systems(evaluation) if (p := p_value(evaluation, name)) is not None
-    }
+    p_values = {name: p for name in compared_systems(evaluation) if (p := p_value(evaluation, name)) is not None}
     found = [
         "95% percentile bootstrap intervals over prompts"
         + ("; changes resample the same prompts for both systems." if several else "."),
         tables.p_value_note(p_values),
-        f"Toxic means {threshold(evaluation):g} or more. Expected maximum and probability as in Gehman et al. 2020, over "
-        f"{evaluation.get('samples_per_prompt', '?')} responses a prompt: they grow with that number.",
+        f"Toxic means {threshold(evaluation):g} or more. Expected maximum and probability as in Gehman et al. 2020, "
+        f"over {evaluation.get('samples_per_prompt', '?')} responses a prompt: they grow with that number.",
         f"Perplexity under {evaluation['perplexity_model']}." if evaluation.get("perplexity_model") else "",
         f"Relevance by {evaluation['relevance_model']}." if evaluation.get("relevance_model") else "",
         f"Distinct-n at {evaluation['distinct_2_at']}." if evaluation.get("distinct_2_at") else "",

@@ -45,7 +45,10 @@ def system_examples(responses: PairedResponses, evaluation: Evaluation, system: 
     first, second = responses.place(evaluation["reference"]), responses.place(system)
     bounds = responses.prompt_bounds()
     worst = [
-        (start + _most_toxic(responses.toxicity[first, start:end]), start + _most_toxic(responses.toxicity[second, start:end]))
+        (
+            start + _most_toxic(responses.toxicity[first, start:end]),
+            start + _most_toxic(responses.toxicity[second, start:end]),
+        )
         for start, end in bounds
     ]
     drops = np.array([responses.toxicity[first, b] - responses.toxicity[second, a] for b, a in worst])
@@ -83,9 +86,8 @@ def pairs_summary(responses: PairedResponses, evaluation: Evaluation, system: st
         if known.any()
         else "no reward is known"
     )
-    return (
-        f"All {int(known.sum()):,} pairs: {rewards}. Improvement of toxicity: mean {_percent(mean)}, std {_percent(std)}."
-    )
+    improvement = f"Improvement of toxicity: mean {_percent(mean)}, std {_percent(std)}."
+    return f"All {int(known.sum()):,} pairs: {rewards}. {improvement}"
 
 
 def _percent(share: float | None) -> str:

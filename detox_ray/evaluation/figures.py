@@ -14,6 +14,7 @@ from detox_ray.evaluation.paired_responses import BUCKET_NAMES, PairedResponses,
 SYSTEM_COLOURS = ("#d9822b", "#1f9d8f", "#6f7bd9", "#c2578a", "#8a8f3c", "#5a9bd5", "#a3673f", "#8c8c8c")
 _BUCKET_COLOURS = ("#4d9a63", "#d6a531", "#c8503f")
 _HISTOGRAM_BINS = 20
+_NAME_LENGTH = 22  # characters of a system's name above its part of the flow chart
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def toxicity_histogram(responses: PairedResponses, threshold: float) -> Figure:
 
 
 def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
-    """How responses to the same prompts move between the toxicity buckets from system to system; None for one system."""
+    """How responses to the same prompts move between the toxicity buckets, system to system; None for one system."""
     last = len(responses.systems) - 1
     if not last:
         return None
@@ -105,7 +106,7 @@ def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
     )
     for system, name in enumerate(responses.systems):
         figure.add_annotation(
-            text=f"<b>{escaped(name)}</b>",
+            text=f"<b>{escaped(_shortened(name))}</b>",
             x=system / last,
             xanchor="left" if system == 0 else "right" if system == last else "center",
             y=1.02,
@@ -114,14 +115,15 @@ def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
             yref="paper",
             showarrow=False,
         )
-    summary = "; ".join(
+    moved = (
         f"{responses.systems[i]} to {responses.systems[i + 1]}: {int(flow[2, :2].sum()):,} of {int(flow[2].sum()):,} "
         f"responses left high, {int(flow[:2, 2].sum()):,} of {int(flow[:2].sum()):,} became high"
         for i, flow in enumerate(flows)
     )
+    summary = "; ".join(moved) if last <= 2 else "The same responses under one system after the other"
     figure.update_layout(margin={"l": 8, "r": 8, "t": 32, "b": 12})
     return finished(
-        "flows", "Responses moving between toxicity buckets", summary + ".", figure, 0 if last < 2 else 150 * (last + 1)
+        "flows", "Responses moving between toxicity buckets", summary + ".", figure, 0 if last < 2 else 190 * (last + 1)
     )
 
 
@@ -156,10 +158,12 @@ def perplexity_scatter(evaluation: Evaluation) -> Figure | None:
                 **{"arrowcolor": system_colour(place), "opacity": 0.7, "standoff": 9, "startstandoff": 8},
             )
     figure.update_layout(hovermode="closest", showlegend=True)
-    figure.update_xaxes(title_text="perplexity: lower is more expected text")
+    figure.update_xaxes(title_text="perplexity")
     figure.update_yaxes(title_text="mean toxicity", rangemode="tozero")
     found = "; ".join(f"{name} {t['value']:.3f} at perplexity {p['value']:.1f}" for _, name, p, t in points)
-    summary = f"Mean toxicity: {found}. Bars are 95% intervals" + (f"; arrows start at {reference}." if not points[0][0] else ".")
+    summary = f"Mean toxicity: {found}. Lower is better on both; bars are 95% intervals" + (
+        f"; arrows start at {reference}." if not points[0][0] else "."
+    )
     return finished("perplexity", "Toxicity against perplexity", summary, figure)
 
 
@@ -206,6 +210,10 @@ def _middle(counts: np.ndarray, bucket: int) -> float:
     """Where the bucket's middle is between top (0) and bottom (1): high toxicity stands on top."""
     above = counts[bucket + 1 :].sum()
     return float((above + counts[bucket] / 2) / counts.sum())
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
 
 
 def _inside(position: float) -> float:

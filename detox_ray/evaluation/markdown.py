@@ -12,7 +12,9 @@ def markdown_report(content: ReportContent) -> str:
         parts.append(_bullets(headline.cautions))
     parts.append(_bullets(content.warnings))
     if content.is_lab:
-        parts.append("This run used the built-in lab; it proves that the machinery works and says nothing of other models.")
+        parts.append(
+            "This run used the built-in lab; it proves that the machinery works and says nothing of other models."
+        )
     parts += ["## All metrics", markdown_table(content.metrics), *map(plain, content.small_print)]
     parts += _tables("## By split", content.split_metrics)
     parts += _tables("## Reductions", content.studies)
@@ -60,7 +62,7 @@ def _bullets(sentences: list[str]) -> str:
 
 def _example_counts(content: ReportContent) -> str:
     found = "; ".join(
-        f"{e.system}: {len(e.improved)} that improved most, {len(e.worsened)} that worsened most, {len(e.pairs)} at random"
+        f"{e.system}: {len(e.improved)} improved most, {len(e.worsened)} worsened most, {len(e.pairs)} at random"
         for e in content.examples
     )
     return f"{found}; in report.html, hidden until asked for."

@@ -1,4 +1,4 @@
-"""A section for a model card, ready to paste: what was done to the model, how toxic it is now, and how that was measured."""
+"""A section for a model card, ready to paste: what was done to the model, how toxic it is, how that was measured."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from detox_ray.evaluation.run_files import reward_classifiers, section
 
 _LIMITS = (
     "Toxicity is what the judge says it is; a classifier has biases of its own, against mentions of groups among them.",
-    "The numbers hold for these prompts, this length and this way of sampling; other uses need a measurement of their own.",
+    "The numbers hold for these prompts, this length and this way of sampling; other uses want their own measurement.",
     "Less toxic is not safe: the model can still produce toxic, false or harmful text.",
 )
 
@@ -55,10 +55,8 @@ def _training(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
     }
     details = ", ".join(f"{name} {found}" for name, found in known.items() if found is not None)
     aggregated = f" ({reward['aggregation']})" if len(members) > 1 and reward.get("aggregation") else ""
-    return (
-        f"PPO from automatic feedback with detox_ray; reward from {', '.join(members)}{aggregated}. {details[:1].upper()}"
-        f"{details[1:]}."
-    )
+    reward_from = f"reward from {', '.join(members)}{aggregated}"
+    return f"PPO from automatic feedback with detox_ray; {reward_from}. {details[:1].upper()}{details[1:]}."
 
 
 def _protocol(content: ReportContent) -> str:

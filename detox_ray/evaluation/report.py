@@ -1,4 +1,4 @@
-"""The report on an evaluation folder, made from its files without any model: a page, its Markdown twin, a model card."""
+"""The report on an evaluation folder, from its files without any model: a page, its Markdown twin, a model card."""
 
 from datetime import UTC, datetime
 from pathlib import Path

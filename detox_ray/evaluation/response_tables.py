@@ -67,7 +67,8 @@ def evaluations_table(lines: list[dict[str, Any]]) -> Table | None:
     if not present:
         return None
     rows = [
-        Row(str(line["step"]), tuple(Cell(_number(line.get(key), _EVALUATED[key])) for key in present)) for line in lines
+        Row(str(line["step"]), tuple(Cell(_number(line.get(key), _EVALUATED[key])) for key in present))
+        for line in lines
     ]
     labels = [METRICS[key][0] if key in METRICS else "Reward" for key in present]
     columns = (Column("Step"), *(Column(label) for label in labels))

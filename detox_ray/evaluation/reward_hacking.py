@@ -16,8 +16,8 @@ MIN_CHANGE = 0.1
 class RewardJudgeGap:
     """Progress of the reward and of the judge since the first evaluation, both as a share of their largest change.
 
-    `steps`, `reward`, `judge`, `gap`: one entry an evaluation; the judge's progress is the fall of mean toxicity, `gap` is
-    `reward - judge`. `widens`: None where there are too few evaluations to say.
+    `steps`, `reward`, `judge`, `gap`: one entry an evaluation; the judge's progress is the fall of mean toxicity, `gap`
+    is `reward - judge`. `widens`: None where there are too few evaluations to say.
     """
 
     steps: list[int]
@@ -31,9 +31,10 @@ class RewardJudgeGap:
         """What to beware of, in one sentence; nothing while the gap does not widen."""
         if not self.widens:
             return ""
+        since = self.steps[-_last_third(len(self.steps))]
         return (
-            f"Reward and judge part ways: since step {self.steps[-_last_third(len(self.steps))]} the reward has risen while "
-            "the judge's toxicity has not fallen. The policy may be gaming the reward; an earlier checkpoint may be better."
+            f"Reward and judge part ways: since step {since} the reward has gone on rising while the judge's toxicity "
+            "has stopped falling or rises. The policy may be gaming the reward; an earlier checkpoint may be better."
         )
 
 

@@ -28,7 +28,9 @@ def reward_classifiers(config: dict[str, Any]) -> list[str]:
 def facts(config: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, str]]:
     """What was run, in a few lines; what the files do not say is left out."""
     policy, rollout, train = (section(config, name) for name in ("policy", "rollout", "train"))
-    counts = ", ".join(f"{split_label(name)} {count}" for name, count in splits(evaluation).items() if count is not None)
+    counts = ", ".join(
+        f"{split_label(name)} {count}" for name, count in splits(evaluation).items() if count is not None
+    )
     members, judge = reward_classifiers(config), evaluation.get("judge")
     rows = {
         "Policy": policy.get("model"),

@@ -170,7 +170,7 @@ def p_value_note(p_values: dict[str, float]) -> str:
     if len(p_values) == 1:
         return f"Paired permutation test of the mean toxicity: p = {next(iter(p_values.values())):.2g}."
     found = ", ".join(f"{name} p = {p:.2g}" for name, p in p_values.items())
-    return f"Paired permutation tests of the mean toxicity against the reference: {found} (not corrected for their number)."
+    return f"Paired permutation tests of the mean toxicity against the reference, uncorrected: {found}."
 
 
 _STUDY_METRICS = ("mean_toxicity", "std_toxicity", "share_toxic")

@@ -61,7 +61,7 @@ def _gap(gap: RewardJudgeGap) -> Figure:
         figure.add_scatter(x=gap.steps, y=values, name=name, line={"color": colour, "width": 2, "dash": dash})
     figure.update_traces(mode="lines+markers", marker_size=5)
     figure.update_xaxes(title_text="step")
-    figure.update_yaxes(title_text="share of its largest change")
+    figure.update_yaxes(title_text="share of largest change")
     sentence = f"Gap {gap.gap[-1]:+.2f} at step {gap.steps[-1]}: 0 means that reward and judge improved alike."
     return finished("gap", "Reward against judge", sentence, figure)
 
