@@ -19,7 +19,8 @@ for _name, _value in {
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from detox_ray.loop import evaluate, score, train
+    from detox_ray.loop import score, train
+    from detox_ray.measurement import evaluate
 
 __all__ = [
     "Config",
@@ -38,7 +39,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """`train`, `evaluate` and `score`, imported on first use: they bring torch and Ray."""
-    if name in {"train", "evaluate", "score"}:
+    if name == "evaluate":
+        from detox_ray.measurement import evaluate
+
+        return evaluate
+    if name in {"train", "score"}:
         from detox_ray import loop
 
         return getattr(loop, name)

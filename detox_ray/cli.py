@@ -34,11 +34,14 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(run: RunPath) -> None:
-    """Evaluate the adapter in a run folder again, against its base."""
-    from detox_ray import loop
+def evaluate(
+    target: Annotated[str, typer.Argument(help="YAML file, run folder, file of responses, model folder or hub id")],
+    overrides: Overrides = None,
+) -> None:
+    """Measure how toxic and how fluent systems are, side by side; continues an evaluation that was stopped."""
+    from detox_ray import measurement
 
-    loop.evaluate(run)
+    measurement.evaluate(target, overrides or [])
 
 
 @app.command()

@@ -3,13 +3,13 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from detox_ray.config import Config
+from detox_ray.config import Config, RayConfig, RolloutConfig
 from detox_ray.errors import ConfigError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -45,23 +45,38 @@ def check_resources(config: Config, available: dict[str, float]) -> None:
             )
 
 
-def local_resources(config: Config) -> dict[str, float]:
+def check_rollout_resources(rollout: RolloutConfig, available: dict[str, float]) -> None:
+    """As `check_resources`, of rollout workers alone.
+
+    Raises:
+        ConfigError: more is needed than there is.
+    """
+    for kind, each in (("CPU", rollout.num_cpus), ("GPU", rollout.num_gpus)):
+        if rollout.workers * each > available.get(kind, 0) + 1e-6:
+            raise ConfigError(
+                f"{rollout.workers} rollout workers x {each:g} need {rollout.workers * each:g} {kind}s and Ray has "
+                f"{available.get(kind, 0):g}; lower rollout.workers or rollout.num_{kind.lower()}s"
+            )
+
+
+def local_resources(config: RayConfig) -> dict[str, float]:
     """What a local Ray of this configuration would have, without starting it."""
     import torch
 
-    return {"CPU": config.ray.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    return {"CPU": config.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
-def cluster_address(config: Config) -> str | None:
+def cluster_address(config: RayConfig) -> str | None:
     """The cluster to connect to: `ray.address`, else the one a submitted job runs on, else none (a local Ray)."""
-    return config.ray.address or os.environ.get("RAY_ADDRESS") or None
+    return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextmanager
-def ray_session(config: Config, log_folder: Path) -> Iterator[None]:
+def ray_session(config: RayConfig, check: Callable[[dict[str, float]], None], log_folder: Path) -> Iterator[None]:
     """Ray for the length of a run; a local one is shut down at the end, a cluster is left running.
 
-    `log_folder` becomes a link to the logs of the Ray session, where everything the workers print goes.
+    `check` is given what Ray has (`{"CPU": ..., "GPU": ...}`) and refuses what does not fit; `log_folder` becomes a
+    link to the logs of the Ray session, where everything the workers print goes.
 
     Raises:
         ConfigError: the address does not answer, or Ray has fewer CPUs or GPUs than the run needs.
@@ -75,14 +90,14 @@ def ray_session(config: Config, log_folder: Path) -> Iterator[None]:
         _check_answers(address)
     if ray.is_initialized():
         # The caller's own Ray, say a notebook's: use it and leave it.
-        check_resources(config, ray.cluster_resources())
+        check(ray.cluster_resources())
         yield
         return
     if address is None:
-        check_resources(config, local_resources(config))
+        check(local_resources(config))
         ray.init(
             address="local",
-            num_cpus=config.ray.num_cpus,
+            num_cpus=config.num_cpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
@@ -94,7 +109,7 @@ def ray_session(config: Config, log_folder: Path) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(_no_answer(address, str(error).split("\n")[0])) from None
     try:
-        check_resources(config, ray.cluster_resources())
+        check(ray.cluster_resources())
         link_logs(log_folder, ray.get_runtime_context().get_session_name())
         yield
     finally:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,10 @@ class Section(BaseModel):
     """A part of the tree: immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+Overrides = list[str] | tuple[str, ...]
 
 
 class DataConfig(Section):
@@ -281,6 +285,13 @@ class EvaluationConfig(Section):
     bootstrap_resamples: int = Field(2000, ge=100, description="resamples of the prompts for the 95% intervals")
 
 
+class ResponseColumns(Section):
+    """Which columns of a file of responses hold what."""
+
+    prompt: str = "prompt"
+    response: str = "response"
+
+
 class RayConfig(Section):
     """Which Ray."""
 
@@ -313,11 +324,11 @@ class Config(Section):
     def with_absolute_paths(self) -> "Config":
         """The same with every model, adapter and prompt path that exists here made absolute, for other processes."""
         tree = self.model_dump()
-        tree["data"]["source"] = _absolute(tree["data"]["source"])
+        tree["data"]["source"] = absolute_path(tree["data"]["source"])
         for key in ("model", "adapter"):
-            tree["policy"][key] = _absolute(tree["policy"][key])
+            tree["policy"][key] = absolute_path(tree["policy"][key])
         for classifier in [*tree["reward"]["classifiers"], tree["evaluation"]["judge"]]:
-            classifier["model"] = _absolute(classifier["model"])
+            classifier["model"] = absolute_path(classifier["model"])
         return Config.model_validate(tree)
 
     @model_validator(mode="after")
@@ -363,13 +374,28 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: Overrides = ()) -> Config:
     """The configuration in a YAML file with dotted overrides (`ppo.learning_rate=1e-4`) applied; values are YAML.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
     """
-    path = Path(path)
+    return parse_section(Config, read_tree(path, overrides))
+
+
+def read_tree(source: str | Path | dict[str, Any], overrides: Overrides = ()) -> dict[str, Any]:
+    """The tree of dicts, lists and values in a YAML file, or the given one, with dotted overrides applied.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override names no part of the tree.
+    """
+    tree = source if isinstance(source, dict) else _read_yaml(Path(source))
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -380,29 +406,32 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds no settings: expected `key: value` lines, such as `name: run`")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree)
+    return tree
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
-    """The configuration in a plain tree of dicts, lists and values.
+    """The configuration of a run in a plain tree; errors as `load_config`."""
+    return parse_section(Config, tree)
+
+
+def parse_section(section: type[S], tree: dict[str, Any]) -> S:
+    """A plain tree of dicts, lists and values as a configuration of the given kind.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: a key is unknown, or a value is out of bounds.
     """
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors()[:3])) from None
+        raise ConfigError("; ".join(_explain(e, section) for e in error.errors()[:3])) from None
 
 
-def dump_config(config: Config) -> str:
-    """The resolved tree as YAML; `load_config` reads it back to an equal `Config`."""
+def dump_config(config: Section) -> str:
+    """The resolved tree as YAML, which reads back to an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _absolute(path: str | None) -> Any:
+def absolute_path(path: str | None) -> Any:
     """A path that exists, absolute; anything else (a hub id, an import path) as it is."""
     if path is None or not Path(path).expanduser().exists():
         return path
@@ -411,7 +440,7 @@ def _absolute(path: str | None) -> Any:
 
 def _identity(classifier: ClassifierConfig) -> str:
     """Two classifiers with one identity are one model: `module:predict` and `module:predict_prob` are."""
-    model = str(_absolute(classifier.model))
+    model = str(absolute_path(classifier.model))
     return model.partition(":")[0] if classifier.kind == "linear" else model
 
 
@@ -443,11 +472,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {last!r} does not name a part of the configuration")
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, section: type[BaseModel]) -> str:
     """One pydantic error as `key = value: what is wrong`, with the nearest valid key for an unknown one."""
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1])
+        known = _keys_at(section, error["loc"][:-1])
         nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.55)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(known)}"
         return f"unknown key {location!r}; {hint}"
@@ -459,9 +488,8 @@ def _explain(error: Any) -> str:
     return f"{location} = {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
+def _keys_at(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The valid keys of the section a location leads to."""
-    section: type[BaseModel] = Config
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation) or section

@@ -3,40 +3,31 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from peft import PeftModel
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from detox_ray.cluster import ray_session
+from detox_ray.cluster import check_resources, ray_session
 from detox_ray.config import Config, RewardConfig
 from detox_ray.data.lab import resolve_lab
-from detox_ray.errors import ConfigError, DetoxError
-from detox_ray.evaluation.meter import group_rollouts, measure, write_evaluation
-from detox_ray.evaluation.report import write_report
+from detox_ray.errors import DetoxError
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.learner.train_loop import LearnerTask, train_loop
+from detox_ray.measurement import answer, judge_and_report, push_adapter, rollout_workers
+from detox_ray.meter_config import meter_of_run
 from detox_ray.plan import Plan, prepare
-from detox_ray.policy.adapter import load_adapter
-from detox_ray.policy.policy import canary_of
-from detox_ray.records import Rollout
 from detox_ray.rewards.classifiers import load_classifier
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.schedule import PromptSchedule
 from detox_ray.rollout.stream import RolloutStream, sampling_of
-from detox_ray.rollout.worker import start_workers, stop_workers
-from detox_ray.run_folder import RunFolder
 from detox_ray.serving.reward_app import RewardClient, delete_reward_app, deploy_reward_app, fit_and_apply_calibration
 from detox_ray.serving.scorer import RolloutScorer
 from detox_ray.terminal import Terminal
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_CHUNK = 32  # prompts sampled between two moves of the progress bar
 
 # Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
 # times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
@@ -70,19 +61,25 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
         return finished
-    with ray_session(plan.config, plan.run.ray_logs):
+    with ray_session(plan.config.ray, partial(check_resources, plan.config), plan.run.ray_logs):
         terminal.stage("starting rollout workers and reward classifiers")
-        with rollout_workers(plan) as workers, reward_app(plan) as reward:
+        with rollout_workers(plan.engine, plan.config.rollout) as workers, reward_app(plan) as reward:
             pool = worker_pool(plan, workers)
-            base = sample_heldout(pool, plan, "base", terminal)
+            meter = meter_of_run(plan.run, plan.config)
+            before, after = meter.systems
+            heldout = plan.prompts.heldout[: meter.prompts]
+            base = answer(pool, before, heldout, plan.engine.end_ids, meter, plan.run, terminal)
             stream = rollout_stream(plan, pool, calibrated_reward(pool, reward, plan))
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
                 fit(plan, stream)
             terminal.stage("verifying the saved adapter on the workers")
-            steps = push_saved_adapter(pool, plan)
-            tuned = sample_heldout(pool, plan, "tuned", terminal)
-    return judge_and_report(plan, base, tuned, steps, terminal)
+            pool.connect()
+            push_adapter(pool, plan.engine, plan.run.adapter)
+            tuned = answer(pool, after, heldout, plan.engine.end_ids, meter, plan.run, terminal)
+    evaluation = judge_and_report(meter, plan.run, [base, tuned], terminal, steps=plan.run.trained_steps())
+    terminal.stage(f"adapter: {plan.run.adapter}")
+    return evaluation
 
 
 def fit(plan: Plan, stream: RolloutStream) -> None:
@@ -125,16 +122,6 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
 
 
 @contextmanager
-def rollout_workers(plan: Plan) -> Iterator[list[Any]]:
-    """The rollout actors; their engines go on starting while other things start."""
-    workers = start_workers(plan.engine, plan.config.rollout)
-    try:
-        yield workers
-    finally:
-        stop_workers(workers)
-
-
-@contextmanager
 def reward_app(plan: Plan) -> Iterator[RewardConfig]:
     """The reward ensemble on Serve; yields the reward's configuration, calibrated if the run did that before."""
     deploy_reward_app(plan.config.reward, plan.app_name)
@@ -154,86 +141,6 @@ def calibrated_reward(pool: WorkerPool, reward: RewardConfig, plan: Plan) -> Rew
         )
         plan.run.write_calibrated(reward)
     return reward
-
-
-def sample_heldout(pool: WorkerPool, plan: Plan, system: str, terminal: Terminal) -> list[Rollout]:
-    """The responses of what the workers serve now to the held-out prompts, from all workers."""
-    config = plan.config
-    prompts = plan.prompts.heldout[: config.evaluation.prompts]
-    samples = config.evaluation.samples_per_prompt
-    terminal.stage(f"{system}: {samples} responses to each of {len(prompts)} held-out prompts")
-    rollouts: list[Rollout] = []
-    with terminal.bar(f"{system} responses", len(prompts)) as progress:
-        for start in range(0, len(prompts), EVALUATION_CHUNK):
-            chunk = prompts[start : start + EVALUATION_CHUNK]
-            sampling = sampling_of(config.rollout, seed=config.seed + 1 + start)
-            rollouts += pool.sample(chunk, samples, sampling)
-            progress(start + len(chunk))
-    return rollouts
-
-
-def push_saved_adapter(pool: WorkerPool, plan: Plan) -> int:
-    """Serve the adapter as it stands in the run folder, verified against plain `peft` on the engine's base.
-
-    Returns:
-        The number of steps it was trained for.
-    """
-    pool.connect()
-    base = plan.load_model(plan.engine.model, plan.engine.revision)
-    tuned = PeftModel.from_pretrained(base, str(plan.run.adapter))
-    saved = load_adapter(plan.run.adapter)
-    pool.publish(lambda version: replace(saved, version=version), canary_of(tuned, plan.canary_length))
-    return plan.run.trained_steps()
-
-
-def judge_and_report(
-    plan: Plan, base: list[Rollout], tuned: list[Rollout], steps: int, terminal: Terminal
-) -> dict[str, Any]:
-    """Judge both systems' responses, write evaluation.json, generations.parquet and report.html, print the table."""
-    config = plan.config
-    terminal.stage(f"judging with {config.evaluation.judge.name}")
-    evaluation = measure(
-        group_rollouts("base", base),
-        group_rollouts("tuned", tuned),
-        load_classifier(config.evaluation.judge),
-        plan.load_model(config.policy.model, config.policy.revision),
-        plan.engine.pad_id,
-        set(plan.engine.end_ids),
-        config.evaluation,
-        config.seed,
-    )
-    write_evaluation(plan.run.path, evaluation, steps)
-    report = write_report(plan.run.path)
-    terminal.console.print(evaluation_table(evaluation.to_json()))
-    plan.run.release()
-    terminal.stage(f"report: {report}")
-    terminal.stage(f"adapter: {plan.run.adapter}")
-    return evaluation.to_json()
-
-
-def evaluate(run: str | Path, quiet: bool = False) -> dict[str, Any]:
-    """Evaluate the adapter of a run folder again: base and tuned on the held-out prompts, by the judge.
-
-    Returns:
-        The content of `evaluation.json`, which is replaced, as are `generations.parquet` and `report.html`.
-
-    Raises:
-        ConfigError: there is no such run, or it has no adapter yet.
-    """
-    folder = RunFolder.existing(run)
-    if not folder.adapter.exists():
-        raise ConfigError(f"{run} has no adapter yet; continue it with detox-ray train {folder.config_file}")
-    terminal = Terminal(quiet)
-    config = folder.read_config()
-    plan = prepare(
-        config.model_copy(update={"output_dir": str(folder.path.parent), "name": folder.path.name}), terminal
-    )
-    with ray_session(plan.config, plan.run.ray_logs), rollout_workers(plan) as workers:
-        pool = worker_pool(plan, workers)
-        base = sample_heldout(pool, plan, "base", terminal)
-        steps = push_saved_adapter(pool, plan)
-        tuned = sample_heldout(pool, plan, "tuned", terminal)
-    return judge_and_report(plan, base, tuned, steps, terminal)
 
 
 def score(config: Config, texts: Sequence[str]) -> list[dict[str, float]]:

@@ -5,10 +5,9 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from detox_ray.cluster import check_resources, cluster_address, local_resources
-from detox_ray.config import Config
+from detox_ray.config import Config, PolicyConfig, RolloutConfig, S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
@@ -51,11 +50,7 @@ class Plan:
     @property
     def canary_tolerance(self) -> float:
         """Largest difference between a worker's and the learner's log-probabilities after a push, in nats."""
-        if self.config.rollout.canary_tolerance is not None:
-            return self.config.rollout.canary_tolerance
-        if self.config.policy.quantization != "none" and self.config.rollout.base != "dequantized":
-            return 1.0
-        return 1e-3 if self.engine.dtype == "float32" else 0.5
+        return canary_tolerance(self.config.policy, self.config.rollout, self.engine)
 
 
 def prepare(config: Config, terminal: Terminal) -> Plan:
@@ -64,72 +59,91 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     Raises:
         ConfigError, DataError, ModelError: something does not fit.
     """
-    if cluster_address(config) is None:
-        check_resources(config, local_resources(config))
+    if cluster_address(config.ray) is None:
+        check_resources(config, local_resources(config.ray))
     given = config.with_absolute_paths()
-    config = _with_lab(given, terminal)
+    config = with_lab(given, terminal)
     for classifier in [*config.reward.classifiers, config.evaluation.judge]:
         check_classifier(classifier)
     for extra in config.reward.shaping.extra:
         load_term(extra)
-    model_config = load_model_config(config.policy)
-    kind, sync, reason = choose_engine(config.rollout, (model_config.architectures or ["unknown"])[0])
-    tokenizer = load_tokenizer(config.policy)
+    device = torch.device("cuda" if config.train.num_gpus > 0 else "cpu")
+    engine, reason = plan_engine(config.policy, config.rollout, config.data.max_tokens, device)
     check_adapter(config.policy)
-    prompts = load_prompts(config.data, tokenizer, config.seed)
-    learner_device = torch.device("cuda" if config.train.num_gpus > 0 else "cpu")
-    dtype = compute_dtype(config.policy, learner_device)
-    engine = _engine_spec(config, kind, sync, dtype, tokenizer, model_config)
+    prompts = load_prompts(config.data, load_tokenizer(config.policy), config.seed)
 
     run = RunFolder.open(given)
     terminal.stage(f"run folder {run.path}")
     terminal.stage(f"{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts{_skipped(prompts)}")
-    terminal.stage(f"rollout engine: {kind}, adapters {'merged' if sync == 'merged' else 'as LoRA'} ({reason})")
-    if config.rollout.base == "dequantized" and config.policy.quantization != "none":
-        device = learner_device if torch.cuda.is_available() else torch.device("cpu")
-        base = write_dequantized_base(config.policy, run.dequantized_base, device, dtype)
-        engine = replace(engine, model=str(base), revision=None)
+    terminal.stage(reason)
+    engine = with_dequantized_base(engine, config.policy, config.rollout, run, device)
     return Plan(config, run, prompts, engine)
 
 
-def _with_lab(config: Config, terminal: Terminal) -> Config:
+def with_lab(config: S, terminal: Terminal) -> S:
+    """The configuration with the lab's paths; the lab is built under a progress bar when it is needed and absent."""
     if not uses_lab(config) or lab_folder().is_dir():
         return resolve_lab(config)
     with terminal.bar("building the offline lab", total=1) as progress:
         return resolve_lab(config, lambda _, share: progress(share))
 
 
-def _engine_spec(
-    config: Config, kind: Any, sync: Any, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, model_config: Any
-) -> EngineSpec:
-    """What the engines start from.
+def canary_tolerance(policy: PolicyConfig, rollout: RolloutConfig, engine: EngineSpec) -> float:
+    """See `Plan.canary_tolerance`."""
+    if rollout.canary_tolerance is not None:
+        return rollout.canary_tolerance
+    if policy.quantization != "none" and rollout.base != "dequantized":
+        return 1.0
+    return 1e-3 if engine.dtype == "float32" else 0.5
+
+
+def plan_engine(
+    policy: PolicyConfig, rollout: RolloutConfig, max_prompt_tokens: int, learner_device: torch.device
+) -> tuple[EngineSpec, str]:
+    """What the engines start from, and a line that says which they are and why.
 
     Raises:
-        ConfigError: prompt and response together are longer than the model can read.
+        ConfigError: prompt and response together are longer than the model can read, or engine, sync, base and
+            architecture do not go together.
+        ModelError: the model or its tokenizer cannot be read.
     """
-    rollout = config.rollout
-    needed = config.data.max_tokens + 1 + rollout.max_new_tokens
+    model_config = load_model_config(policy)
+    kind, sync, reason = choose_engine(rollout, (model_config.architectures or ["unknown"])[0])
+    tokenizer = load_tokenizer(policy)
+    needed = max_prompt_tokens + 1 + rollout.max_new_tokens
     limit = getattr(model_config, "max_position_embeddings", needed)
     if needed > limit:
         raise ConfigError(
-            f"data.max_tokens={config.data.max_tokens} + rollout.max_new_tokens={rollout.max_new_tokens} + 1 exceeds "
-            f"the {limit} positions of {config.policy.model}; lower one of them"
+            f"data.max_tokens={max_prompt_tokens} + rollout.max_new_tokens={rollout.max_new_tokens} + 1 exceeds "
+            f"the {limit} positions of {policy.model}; lower one of them"
         )
-    return EngineSpec(
+    spec = EngineSpec(
         kind=kind,
         sync=sync,
-        model=config.policy.model,
-        revision=config.policy.revision,
-        dtype=str(dtype).removeprefix("torch."),
+        model=policy.model,
+        revision=policy.revision,
+        dtype=str(compute_dtype(policy, learner_device)).removeprefix("torch."),
         max_length=min(limit, max(needed, CANARY_LENGTH + 1)),
-        end_ids=end_token_ids(config.policy, tokenizer),
+        end_ids=end_token_ids(policy, tokenizer),
         pad_id=int(tokenizer.pad_token_id),
-        lora_rank=config.policy.lora.rank,
+        lora_rank=policy.lora.rank,
         max_num_seqs=rollout.max_num_seqs,
         kv_cache_mib=rollout.kv_cache_mib,
         device="cuda" if rollout.num_gpus > 0 else "cpu",
         bitsandbytes=rollout.base == "bitsandbytes",
     )
+    return spec, f"rollout engine: {kind}, adapters {'merged' if sync == 'merged' else 'as LoRA'} ({reason})"
+
+
+def with_dequantized_base(
+    spec: EngineSpec, policy: PolicyConfig, rollout: RolloutConfig, folder: RunFolder, learner_device: torch.device
+) -> EngineSpec:
+    """The engine on the dequantised base, which is written into `folder`, where the configuration wants one."""
+    if rollout.base != "dequantized" or policy.quantization == "none":
+        return spec
+    device = learner_device if torch.cuda.is_available() else torch.device("cpu")
+    base = write_dequantized_base(policy, folder.dequantized_base(policy), device, getattr(torch, spec.dtype))
+    return replace(spec, model=str(base), revision=None)
 
 
 def _skipped(prompts: PromptSplit) -> str:

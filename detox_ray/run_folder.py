@@ -1,6 +1,7 @@
 """A run is a folder: its configuration, metrics, checkpoints, adapter, responses and report."""
 
 import fcntl
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from detox_ray import errors
-from detox_ray.config import Config, RewardConfig, dump_config, parse_config
+from detox_ray.config import Config, PolicyConfig, RewardConfig, dump_config, parse_config
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE, STEPS_FILE, write_atomically
 
@@ -46,9 +47,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def dequantized_base(self) -> Path:
-        return self.path / "dequantized_base"
+    def dequantized_base(self, policy: PolicyConfig) -> Path:
+        """Of one base: a folder of evaluations may hold several."""
+        base = policy.model_dump_json(exclude={"adapter", "lora", "gradient_checkpointing"})
+        return self.path / f"dequantized_base-{hashlib.sha256(base.encode()).hexdigest()[:8]}"
 
     @property
     def ray_logs(self) -> Path:
@@ -61,10 +63,8 @@ class RunFolder:
         Raises:
             ConfigError: it holds a run with another configuration, is in use, or cannot be written.
         """
-        run = cls(config.run_dir)
+        run = cls.claim(config.run_dir)
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            _lock(run.path / ".lock")
             # A run that has not come as far as a checkpoint has nothing to lose.
             if run.config_file.exists() and run.checkpoints.exists():
                 run._refuse_another(config)
@@ -72,8 +72,22 @@ class RunFolder:
             (run.path / FAILURE_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir: {run.path} cannot be written ({error.strerror})") from None
-        _log_to(run.path / "run.log")
         return run
+
+    @classmethod
+    def claim(cls, path: Path) -> "RunFolder":
+        """The folder for this process alone, made if need be; our log lines go to its `run.log`.
+
+        Raises:
+            ConfigError: it is in use by another process, or cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _lock(path / ".lock")
+            _log_to(path / "run.log")
+        except OSError as error:
+            raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
+        return cls(path)
 
     def _refuse_another(self, config: Config) -> None:
         old, new = (_flatten(c.model_dump(mode="json")) for c in (self.read_config(), config))

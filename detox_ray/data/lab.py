@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from detox_ray.config import LAB_PREFIX, Config
+from detox_ray.config import LAB_PREFIX, S, Section
 from detox_ray.errors import ConfigError, DataError
 
 # To be raised with every change of what the lab contains, so that no stale one is used.
@@ -109,48 +109,44 @@ def remove_lab() -> bool:
     return any(p.suffix == "" for p in ours)
 
 
-def uses_lab(config: Config) -> bool:
-    """Whether any model or prompts of `config` are the lab's."""
-    classifiers = [*config.reward.classifiers, config.evaluation.judge]
-    names = [config.data.source, config.policy.model, *(c.model for c in classifiers)]
-    return any(name.startswith(LAB_PREFIX) for name in names)
+def uses_lab(config: Section) -> bool:
+    """Whether any model or prompts of a configuration are the lab's."""
+    return bool(_lab_values(config.model_dump()))
 
 
-def resolve_lab(config: Config, progress: Progress | None = None) -> Config:
-    """A copy of `config` with the lab's paths in place of `lab:...`; the lab is built once when any is present.
+def resolve_lab(config: S, progress: Progress | None = None) -> S:
+    """A copy of a configuration with the lab's paths in place of `lab:...`; the lab is built once when any is present.
 
     Raises:
         ConfigError: a `lab:...` value names no part of the lab.
         DataError: as `build_lab`.
     """
-    judge = config.evaluation.judge
-    values = {
-        "data.source": config.data.source,
-        "policy.model": config.policy.model,
-        "evaluation.judge.model": judge.model,
-        **{f"reward.classifiers.{c.name}.model": c.model for c in config.reward.classifiers},
-    }
-    parts = {key: value.removeprefix(LAB_PREFIX) for key, value in values.items() if value.startswith(LAB_PREFIX)}
-    if not parts:
+    tree = config.model_dump()
+    values = _lab_values(tree)
+    if not values:
         return config
-    for key, part in parts.items():
-        _check_part(part, f"{key} = {values[key]!r}")
+    for key, value in values.items():
+        _check_part(value.removeprefix(LAB_PREFIX), f"{key} = {value!r}")
     lab = build_lab(progress=progress)
+    return type(config).model_validate(_replace_lab_values(tree, lab))
 
-    def resolved(value: str) -> str:
-        return str(lab / _file_of(value.removeprefix(LAB_PREFIX))) if value.startswith(LAB_PREFIX) else value
 
-    classifiers = [c.model_copy(update={"model": resolved(c.model)}) for c in config.reward.classifiers]
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"source": resolved(config.data.source)}),
-            "policy": config.policy.model_copy(update={"model": resolved(config.policy.model)}),
-            "reward": config.reward.model_copy(update={"classifiers": classifiers}),
-            "evaluation": config.evaluation.model_copy(
-                update={"judge": judge.model_copy(update={"model": resolved(judge.model)})}
-            ),
-        }
-    )
+def _lab_values(tree: Any, key: str = "") -> dict[str, str]:
+    """Dotted key -> `lab:...` value of a tree of dicts, lists and values."""
+    if isinstance(tree, dict | list):
+        children = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for name, child in children for k, v in _lab_values(child, f"{key}.{name}".lstrip(".")).items()}
+    return {key: tree} if isinstance(tree, str) and tree.startswith(LAB_PREFIX) else {}
+
+
+def _replace_lab_values(tree: Any, lab: Path) -> Any:
+    if isinstance(tree, dict):
+        return {name: _replace_lab_values(child, lab) for name, child in tree.items()}
+    if isinstance(tree, list):
+        return [_replace_lab_values(child, lab) for child in tree]
+    if isinstance(tree, str) and tree.startswith(LAB_PREFIX):
+        return str(lab / _file_of(tree.removeprefix(LAB_PREFIX)))
+    return tree
 
 
 def _make(folder: Path, seed: int, progress: Progress) -> None:

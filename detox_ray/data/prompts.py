@@ -41,6 +41,30 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         DataError: the source is missing, empty or malformed, lacks a column, or leaves too few prompts.
         ConfigError: the source names no part of the lab.
     """
+    prompts, records, skipped = _unique_prompts(config, tokenizer, seed)
+    if len(prompts) <= config.heldout_prompts:
+        limit = "" if config.limit is None else f", data.limit = {config.limit}"
+        raise DataError(
+            f"data.heldout_prompts = {config.heldout_prompts} leaves nothing to train on: {len(prompts)} prompts of "
+            f"{records} records in {config.source} ({_listed_counts(skipped)}{limit}); lower it or give more prompts"
+        )
+    return PromptSplit(prompts[config.heldout_prompts :], prompts[: config.heldout_prompts], skipped)
+
+
+def load_all_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSplit:
+    """As `load_prompts`, with every prompt held out: for an evaluation that no training goes before."""
+    prompts, _, skipped = _unique_prompts(config, tokenizer, seed)
+    return PromptSplit([], prompts, skipped)
+
+
+def _unique_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[list[Prompt], int, dict[str, int]]:
+    """At most `limit` prompts in the order of their digests, the number of records, and what was left out.
+
+    Raises:
+        DataError: the source is missing, empty or malformed, lacks a column, or nothing is left of it.
+    """
     records = read_records(config)
     skipped: Counter[str] = Counter()
     kept: list[tuple[str, dict[str, Any]]] = []
@@ -73,7 +97,13 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
             # Of several spellings the smallest stays, whatever order they come in.
             prompt = min(prompt, unique[key], key=lambda p: (p.text, p.token_ids, repr(p.meta)))
         unique[key] = prompt
-    return _split(unique, config, seed, len(records), dict(skipped))
+    if not unique:
+        raise DataError(
+            f"data.source = {config.source!r}: none of {len(records)} records is left ({_listed_counts(skipped)}); "
+            "widen the data filters"
+        )
+    order = sorted(unique, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
+    return [unique[key] for key in order[: config.limit]], len(records), dict(skipped)
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -146,28 +176,8 @@ def _unwanted(text: str, meta: Record, config: DataConfig) -> str | None:
     return None if low <= score <= high else "outside score window"
 
 
-def _split(
-    unique: Mapping[str, Prompt], config: DataConfig, seed: int, records: int, skipped: dict[str, int]
-) -> PromptSplit:
-    """`unique` maps normalised text to prompt.
-
-    Raises:
-        DataError: too few prompts.
-    """
-    counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none left out"
-    if not unique:
-        raise DataError(
-            f"data.source = {config.source!r}: none of {records} records is left ({counts}); widen the data filters"
-        )
-    order = sorted(unique, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
-    prompts = [unique[key] for key in order[: config.limit]]
-    if len(prompts) <= config.heldout_prompts:
-        limit = "" if config.limit is None else f", data.limit = {config.limit}"
-        raise DataError(
-            f"data.heldout_prompts = {config.heldout_prompts} leaves nothing to train on: {len(prompts)} prompts of "
-            f"{records} records in {config.source} ({counts}{limit}); lower it or give more prompts"
-        )
-    return PromptSplit(prompts[config.heldout_prompts :], prompts[: config.heldout_prompts], skipped)
+def _listed_counts(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none left out"
 
 
 def _listed(columns: Record) -> str:

@@ -1,21 +1,28 @@
 """The responses of a system, what was measured of each, and the Parquet file that keeps both."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from detox_ray.errors import DataError
-from detox_ray.records import Rollout
+from detox_ray.records import Prompt, Rollout
 
+SCORE_PREFIX = "toxicity/"
 SCHEMA = pa.schema(
     [
         pa.field("system", pa.string(), nullable=False),
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
+        pa.field("prompt_toxicity", pa.float64()),
+        pa.field("challenging", pa.bool_()),
+        pa.field("group", pa.string()),
         pa.field("sample", pa.int32(), nullable=False),
         pa.field("response", pa.string(), nullable=False),
         pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
@@ -23,20 +30,22 @@ SCHEMA = pa.schema(
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("adapter_version", pa.int64(), nullable=False),
         pa.field("toxicity", pa.float64(), nullable=False),
-        pa.field("nll", pa.float64(), nullable=False),
+        pa.field("nll", pa.float64()),
+        pa.field("nll_tokens", pa.int32()),
+        pa.field("relevance", pa.float64()),
     ]
 )
 
 
 @dataclass(frozen=True)
 class SystemResponses:
-    """What one system (a model, with or without an adapter) answered: P prompts, S responses to each.
+    """What one system (a model, with or without an adapter, or a file) answered: P prompts, S responses to each.
 
-    `prompt_ids: [P]`; `rollouts: [P][S]`.
+    `prompts: [P]`; `rollouts: [P][S]`, whose `response_ids` hold no end token, nor anything after one.
     """
 
     name: str
-    prompt_ids: list[str]
+    prompts: list[Prompt]
     rollouts: list[list[Rollout]]
 
     @property
@@ -44,35 +53,49 @@ class SystemResponses:
         """S."""
         return len(self.rollouts[0])
 
+    @property
+    def flat(self) -> list[Rollout]:
+        """All P * S rollouts, prompt by prompt."""
+        return [rollout for samples in self.rollouts for rollout in samples]
+
 
 @dataclass(frozen=True)
 class ScoredResponses:
     """The responses of a system with what was measured of each.
 
-    `token_ids: [P][S][tokens]` without end tokens; `toxicity: [P, S]` in [0, 1] by the judge; `nll: [P, S]` in nats,
-    under the reference model and given the prompt.
+    `toxicity`: scorer -> [P, S] in [0, 1], the judge first; `nll: [P, S]` in nats of `nll_tokens: [P, S]` tokens, under
+    the perplexity model and given the prompt; `relevance: [P, S]` cosine of prompt and response. The last three are
+    None when they were not measured.
     """
 
     responses: SystemResponses
-    token_ids: list[list[list[int]]]
-    toxicity: np.ndarray
-    nll: np.ndarray
+    toxicity: dict[str, np.ndarray]
+    nll: np.ndarray | None = None
+    nll_tokens: np.ndarray | None = None
+    relevance: np.ndarray | None = None
 
     @property
-    def tokens(self) -> np.ndarray:
-        """Number of tokens of each response, [P, S] int64."""
-        return np.array([[len(ids) for ids in samples] for samples in self.token_ids], dtype=np.int64)
+    def name(self) -> str:
+        """Of the system."""
+        return self.responses.name
+
+    @property
+    def token_ids(self) -> list[list[list[int]]]:
+        """[P][S][tokens]."""
+        return [[r.response_ids.tolist() for r in samples] for samples in self.responses.rollouts]
 
 
-def group_rollouts(name: str, rollouts: Sequence[Rollout]) -> SystemResponses:
-    """Rollouts in any order, gathered by prompt (prompts in order of first appearance).
+def group_rollouts(
+    name: str, rollouts: Sequence[Rollout], prompts: Sequence[Prompt], end_ids: Sequence[int] = ()
+) -> SystemResponses:
+    """Rollouts in any order, gathered by prompt in the order of `prompts`, and cut at their end token.
 
     Raises:
         DataError: there are none, or prompts have different numbers of responses.
     """
     by_prompt: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
-        by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
+        by_prompt.setdefault(rollout.prompt_id, []).append(_without_end(rollout, end_ids))
     if not by_prompt:
         raise DataError(f"system {name!r} has no responses to measure")
     counts = {prompt_id: len(samples) for prompt_id, samples in by_prompt.items()}
@@ -82,54 +105,134 @@ def group_rollouts(name: str, rollouts: Sequence[Rollout]) -> SystemResponses:
             f"system {name!r}: prompt {fewest!r} has {counts[fewest]} responses, prompt {most!r} has {counts[most]}; "
             "the metrics need the same number for every prompt"
         )
-    return SystemResponses(name, list(by_prompt), list(by_prompt.values()))
+    answered = [prompt for prompt in prompts if prompt.id in by_prompt]
+    return SystemResponses(name, answered, [by_prompt[prompt.id] for prompt in answered])
 
 
-def align(base: SystemResponses, tuned: SystemResponses) -> SystemResponses:
-    """`tuned` with its prompts in the order of `base`, so that prompt i is the same text in both.
+def align(systems: Sequence[SystemResponses]) -> list[SystemResponses]:
+    """The systems with their prompts in the order of the first, so that prompt i is the same text in all.
 
     Raises:
-        DataError: the systems answered different prompts, or different numbers of responses to each, or share a name.
+        DataError: they answered different prompts, or different numbers of responses to each, or share a name.
     """
-    ours, theirs = set(base.prompt_ids), set(tuned.prompt_ids)
-    if ours != theirs:
-        raise DataError(
-            f"{base.name!r} and {tuned.name!r} answered different prompts ({len(ours - theirs)} only the first, "
-            f"{len(theirs - ours)} only the second): a paired comparison needs the same prompts"
-        )
-    if base.samples_per_prompt != tuned.samples_per_prompt:
-        raise DataError(
-            f"{base.name!r} gives {base.samples_per_prompt} responses a prompt, "
-            f"{tuned.name!r} gives {tuned.samples_per_prompt}: "
-            "the maximum over a prompt's responses grows with their number, so give both the same"
-        )
-    if base.name == tuned.name:
-        raise DataError(f"both systems are called {base.name!r}: give each its own name")
-    position = {prompt_id: i for i, prompt_id in enumerate(tuned.prompt_ids)}
-    return SystemResponses(tuned.name, base.prompt_ids, [tuned.rollouts[position[p]] for p in base.prompt_ids])
+    first = systems[0]
+    ours = {prompt.id for prompt in first.prompts}
+    aligned = [first]
+    for other in systems[1:]:
+        theirs = {prompt.id for prompt in other.prompts}
+        if ours != theirs:
+            raise DataError(
+                f"{first.name!r} and {other.name!r} answered different prompts ({len(ours - theirs)} only the first, "
+                f"{len(theirs - ours)} only the second): a paired comparison needs the same prompts"
+            )
+        if first.samples_per_prompt != other.samples_per_prompt:
+            raise DataError(
+                f"{first.name!r} gives {first.samples_per_prompt} responses a prompt, "
+                f"{other.name!r} gives {other.samples_per_prompt}: "
+                "the maximum over a prompt's responses grows with their number, so give both the same"
+            )
+        if other.name in {system.name for system in aligned}:
+            raise DataError(f"two systems are called {other.name!r}: give each its own name")
+        position = {prompt.id: i for i, prompt in enumerate(other.prompts)}
+        rollouts = [other.rollouts[position[prompt.id]] for prompt in first.prompts]
+        aligned.append(SystemResponses(other.name, first.prompts, rollouts))
+    return aligned
 
 
-def generations_table(*systems: ScoredResponses) -> pa.Table:
-    """One row a response, with the columns of `SCHEMA`: system by system, prompt by prompt."""
-    rows = [
-        {
-            "system": system.responses.name,
-            "prompt_id": rollout.prompt_id,
-            "prompt": rollout.prompt_text,
-            "sample": sample,
-            "response": rollout.text,
-            "response_ids": system.token_ids[prompt][sample],
-            "finish_reason": rollout.finish_reason,
-            "tokens": len(system.token_ids[prompt][sample]),
-            "adapter_version": rollout.adapter_version,
-            "toxicity": float(system.toxicity[prompt, sample]),
-            "nll": float(system.nll[prompt, sample]),
-        }
-        for system in systems
-        for prompt, samples in enumerate(system.responses.rollouts)
-        for sample, rollout in enumerate(samples)
-    ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+def generations_table(systems: Sequence[ScoredResponses]) -> pa.Table:
+    """One row a response, with the columns of `SCHEMA` and one a scorer: system by system, prompt by prompt."""
+    scorers = list(systems[0].toxicity)
+    schema = SCHEMA
+    for scorer in scorers:
+        schema = schema.append(pa.field(SCORE_PREFIX + scorer, pa.float64(), nullable=False))
+    return pa.concat_tables(_system_table(system, scorers, schema) for system in systems)
+
+
+def _system_table(system: ScoredResponses, scorers: Sequence[str], schema: pa.Schema) -> pa.Table:
+    samples = system.responses.samples_per_prompt
+    rollouts = system.responses.flat
+    prompts = [prompt for prompt in system.responses.prompts for _ in range(samples)]
+    unknown = [None] * len(rollouts)
+
+    def optional(values: np.ndarray | None) -> Any:
+        return unknown if values is None else values.ravel()
+
+    columns = {
+        "system": [system.name] * len(rollouts),
+        "prompt_id": [prompt.id for prompt in prompts],
+        "prompt": [prompt.text for prompt in prompts],
+        "prompt_toxicity": [_number(prompt.meta.get("toxicity")) for prompt in prompts],
+        "challenging": [_flag(prompt.meta.get("challenging")) for prompt in prompts],
+        "group": [prompt.meta.get("group") for prompt in prompts],
+        "sample": np.tile(np.arange(samples, dtype=np.int32), len(system.responses.prompts)),
+        "response": [rollout.text for rollout in rollouts],
+        "response_ids": [rollout.response_ids for rollout in rollouts],
+        "finish_reason": [rollout.finish_reason for rollout in rollouts],
+        "tokens": [len(rollout.response_ids) for rollout in rollouts],
+        "adapter_version": [rollout.adapter_version for rollout in rollouts],
+        "toxicity": system.toxicity[scorers[0]].ravel(),
+        "nll": optional(system.nll),
+        "nll_tokens": optional(system.nll_tokens),
+        "relevance": optional(system.relevance),
+    } | {SCORE_PREFIX + scorer: system.toxicity[scorer].ravel() for scorer in scorers}
+    return pa.table({name: pa.array(columns[name], type=schema.field(name).type) for name in schema.names}, schema)
+
+
+def systems_of(table: pa.Table) -> list[ScoredResponses]:
+    """The systems whose responses a generations table holds, in the order they stand in it; errors as `align`."""
+    scorers = [name.removeprefix(SCORE_PREFIX) for name in table.column_names if name.startswith(SCORE_PREFIX)]
+    found = []
+    for name in table.column("system").unique().to_pylist():
+        rows = table.filter(pc.equal(table.column("system"), name))
+        rows = rows.sort_by([("prompt_id", "ascending"), ("sample", "ascending")])
+        records = rows.select([c for c in SCHEMA.names if c != "nll"]).to_pylist()
+        prompts = {r["prompt_id"]: _prompt(r) for r in records}
+        responses = group_rollouts(name, [_rollout(r) for r in records], list(prompts.values()))
+        shape = (len(prompts), responses.samples_per_prompt)
+
+        def matrix(column: str, rows: pa.Table = rows, shape: tuple[int, int] = shape) -> np.ndarray | None:
+            values = rows.column(column)
+            return None if values.null_count else values.to_numpy().reshape(shape)
+
+        toxicity = {scorer: values for scorer in scorers if (values := matrix(SCORE_PREFIX + scorer)) is not None}
+        found.append(ScoredResponses(responses, toxicity, matrix("nll"), matrix("nll_tokens"), matrix("relevance")))
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """A published score, from whatever a file holds; None for null, NaN and text that is no number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _prompt(row: Mapping[str, Any]) -> Prompt:
+    meta = {"toxicity": row["prompt_toxicity"], "challenging": row["challenging"], "group": row["group"]}
+    return Prompt(row["prompt_id"], row["prompt"], (), {k: v for k, v in meta.items() if v is not None})
+
+
+def _rollout(row: Mapping[str, Any]) -> Rollout:
+    ids = np.array(row["response_ids"], dtype=np.int64)
+    nothing = np.zeros(0, dtype=np.float32)
+    return Rollout(
+        row["prompt_id"], row["prompt"], np.zeros(0, dtype=np.int64), ids, nothing, row["response"],
+        row["finish_reason"], row["adapter_version"],
+    )  # fmt: skip
+
+
+def _without_end(rollout: Rollout, end_ids: Sequence[int]) -> Rollout:
+    """The response up to its end token; nothing a model samples after one is part of the response."""
+    ends = np.flatnonzero(np.isin(rollout.response_ids, list(end_ids)))
+    if not len(ends):
+        return rollout
+    end = ends[0]
+    return replace(rollout, response_ids=rollout.response_ids[:end], logprobs=rollout.logprobs[:end])
 
 
 def write_generations(path: Path, table: pa.Table) -> None:
@@ -153,4 +256,4 @@ def read_generations(path: Path) -> pa.Table:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
         raise DataError(f"{path} lacks the columns {', '.join(missing)}: evaluate the run again")
-    return table.select(SCHEMA.names)
+    return table

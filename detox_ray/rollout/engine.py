@@ -19,6 +19,10 @@ WITHOUT_PUSH = {"BloomForCausalLM"}
 CANARY_TOP = 20  # tokens a canary compares; vLLM returns at most this many by default
 
 
+Kind = Literal["vllm", "transformers"]
+Sync = Literal["adapter", "merged"]
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """All an engine needs to start, small enough to send.
@@ -27,8 +31,8 @@ class EngineSpec:
     prompt + response in tokens, `end_ids` the tokens that end a response.
     """
 
-    kind: Literal["vllm", "transformers"]
-    sync: Literal["adapter", "merged"]
+    kind: Kind
+    sync: Sync
     model: str
     revision: str | None
     dtype: str
@@ -75,7 +79,7 @@ def load_engine(spec: EngineSpec) -> RolloutEngine:
     return TransformersEngine(spec)
 
 
-def choose_engine(config: RolloutConfig, architecture: str) -> tuple[str, str, str]:
+def choose_engine(config: RolloutConfig, architecture: str) -> tuple[Kind, Sync, str]:
     """(engine, sync, the reason in words) for a model class such as `LlamaForCausalLM`.
 
     Raises:

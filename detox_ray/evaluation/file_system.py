@@ -1,0 +1,72 @@
+"""Systems of the meter that are files: what somebody else's model answered, with the scores the file came with."""
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from detox_ray.data.response_file import ONLY_SYSTEM, SystemAnswers, read_responses
+from detox_ray.evaluation.responses import SystemResponses
+from detox_ray.meter_config import SystemConfig
+from detox_ray.records import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """A system's responses and the file's own scores of them: scorer -> [P, S] in [0, 1]."""
+
+    responses: SystemResponses
+    scores: dict[str, np.ndarray]
+
+
+def read_file_systems(
+    system: SystemConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[FileSystem], dict[str, int]]:
+    """The systems whose responses a file holds, and what was left out or is worth a word, by reason.
+
+    Responses are counted in the tokens of `tokenizer`, without one in words.
+
+    Raises:
+        DataError: as `read_responses`.
+    """
+    assert system.responses is not None
+    file = read_responses(system.responses, system.columns)
+    systems = [
+        FileSystem(_responses(system.name if name == ONLY_SYSTEM else name, answers, tokenizer), answers.scores)
+        for name, answers in file.systems.items()
+    ]
+    return systems, file.left_out | file.noted
+
+
+def _responses(name: str, answers: SystemAnswers, tokenizer: PreTrainedTokenizerBase | None) -> SystemResponses:
+    texts = [text for samples in answers.responses for text in samples]
+    ids = iter(_token_ids(texts, tokenizer))
+    prompts, rollouts = [], []
+    for index, (text, samples) in enumerate(zip(answers.prompts, answers.responses, strict=True)):
+        meta = {} if answers.prompt_scores is None else {"toxicity": float(answers.prompt_scores[index])}
+        prompt = Prompt(hashlib.sha256(text.encode()).hexdigest()[:16], text, (), meta)
+        prompts.append(prompt)
+        rollouts.append([_rollout(prompt, response, next(ids)) for response in samples])
+    return SystemResponses(name, prompts, rollouts)
+
+
+def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    if tokenizer is not None:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    # 31 bits: they are kept as int32.
+    return [[zlib.crc32(word.encode()) >> 1 for word in text.split()] for text in texts]
+
+
+def _rollout(prompt: Prompt, response: str, ids: list[int]) -> Rollout:
+    return Rollout(
+        prompt_id=prompt.id,
+        prompt_text=prompt.text,
+        prompt_ids=np.zeros(0, dtype=np.int64),
+        response_ids=np.array(ids, dtype=np.int64),
+        logprobs=np.full(len(ids), np.nan, dtype=np.float32),
+        text=response,
+        finish_reason="",
+        adapter_version=-1,
+    )

@@ -1,0 +1,267 @@
+"""An evaluation, told in the order it happens: systems answer, scorers judge, the report says what changed."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from detox_ray.cluster import check_rollout_resources, cluster_address, local_resources, ray_session
+from detox_ray.config import PolicyConfig, RolloutConfig
+from detox_ray.data.prompts import load_all_prompts, load_prompts
+from detox_ray.errors import ConfigError
+from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
+from detox_ray.evaluation.file_system import FileSystem, read_file_systems
+from detox_ray.evaluation.meter import PerplexityModel, score_responses
+from detox_ray.evaluation.perplexity import load_reference_model
+from detox_ray.evaluation.report import write_report
+from detox_ray.evaluation.responses import SystemResponses, align, group_rollouts
+from detox_ray.evaluation.sampled_file import FOLDER as SAMPLED_FOLDER
+from detox_ray.evaluation.sampled_file import SampledFile
+from detox_ray.evaluation.summary import evaluation_table
+from detox_ray.meter_config import MeterConfig, SystemConfig, meter_config
+from detox_ray.plan import canary_tolerance, plan_engine, with_dequantized_base, with_lab
+from detox_ray.policy.adapter import load_adapter
+from detox_ray.policy.load import load_tokenizer
+from detox_ray.policy.policy import CANARY_LENGTH, canary_of
+from detox_ray.records import Prompt
+from detox_ray.rewards.classifiers import check_classifier, load_classifier
+from detox_ray.rollout.engine import EngineSpec
+from detox_ray.rollout.pool import WorkerPool
+from detox_ray.rollout.stream import sampling_of
+from detox_ray.rollout.worker import start_workers, stop_workers
+from detox_ray.run_folder import RunFolder
+from detox_ray.terminal import Terminal
+
+CHUNK_RESPONSES = 256  # sampled between two moves of the progress bar, and lost at most by a kill
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base model and the systems that answer on it, those without an adapter first: a push cannot be taken back."""
+
+    systems: list[SystemConfig]
+    engine: EngineSpec
+    prompts: list[Prompt]
+
+
+def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), quiet: bool = False) -> dict[str, Any]:
+    """Measure how toxic and how fluent systems are, side by side on the same prompts; a killed evaluation continues.
+
+    Args:
+        target: the YAML file of an evaluation, a run folder (its base and its adapter on its held-out prompts), a
+            file of responses, a model folder or hub id, or the configuration itself.
+        overrides: dotted, such as `prompts=500`; not for a configuration itself.
+        quiet: print nothing.
+
+    Returns:
+        The content of `evaluation.json`, which stands in the folder beside `generations.parquet` and `report.html`.
+
+    Raises:
+        ConfigError, DataError, ModelError: something does not fit; nothing expensive has started.
+        RewardError: a scorer failed.
+    """
+    terminal = Terminal(quiet)
+    given = target if isinstance(target, MeterConfig) else meter_config(target, tuple(overrides))
+    config = with_lab(given.with_absolute_paths(), terminal)
+    for scorer in config.scorers:
+        check_classifier(scorer)
+    check = partial(check_rollout_resources, config.rollout)
+    if cluster_address(config.ray) is None:
+        check(local_resources(config.ray))
+    files = _read_files(config, terminal)
+    folder = RunFolder.claim(config.folder)
+    terminal.stage(f"evaluation folder {folder.path}")
+    bases = [_plan_base(systems, config, folder, terminal) for systems in _by_base(config.systems)]
+    answers = {name: [file.responses for file in of_system] for name, of_system in files.items()}
+    if bases:
+        with ray_session(config.ray, check, folder.ray_logs):
+            for base in bases:
+                answers |= {r.name: [r] for r in _answers_on(base, config, folder, terminal)}
+    systems = [responses for system in config.systems for responses in answers[system.name]]
+    known = {file.responses.name: file.scores for of_system in files.values() for file in of_system}
+    steps = {"steps": folder.trained_steps()} if config.heldout_of_run and folder.adapter.exists() else {}
+    return judge_and_report(config, folder, systems, terminal, known, **steps)
+
+
+@contextmanager
+def rollout_workers(engine: EngineSpec, rollout: RolloutConfig) -> Iterator[list[Any]]:
+    """The rollout actors; their engines go on starting while other things start."""
+    workers = start_workers(engine, rollout)
+    try:
+        yield workers
+    finally:
+        stop_workers(workers)
+
+
+def answer(
+    pool: WorkerPool,
+    system: SystemConfig,
+    prompts: Sequence[Prompt],
+    end_ids: Sequence[int],
+    config: MeterConfig,
+    folder: RunFolder,
+    terminal: Terminal,
+) -> SystemResponses:
+    """What the workers, which serve this system, answer to the prompts; what is on disk already is not sampled again.
+
+    `end_ids` end a response and are no part of it.
+    """
+    file = _sampled_file(system, prompts, config, folder)
+    samples = config.rollout.samples_per_prompt
+    found = file.read()
+    terminal.stage(f"{system.name}: {samples} responses to each of {len(prompts)} prompts")
+    size = max(1, CHUNK_RESPONSES // samples)
+    with terminal.bar(f"{system.name} responses", len(prompts)) as progress:
+        for start in range(0, len(prompts), size):
+            chunk = [prompt for prompt in prompts[start : start + size] if prompt.id not in found]
+            if chunk:
+                file.append(pool.sample(chunk, samples, sampling_of(config.rollout, seed=config.seed + 1 + start)))
+            progress(min(start + size, len(prompts)))
+    rollouts = [rollout for of_prompt in file.read().values() for rollout in of_prompt]
+    return group_rollouts(system.name, rollouts, prompts, end_ids)
+
+
+def push_adapter(pool: WorkerPool, engine: EngineSpec, folder: str | Path) -> None:
+    """Serve the adapter in a folder, verified against plain `peft` on the engine's base.
+
+    Raises:
+        ModelError: it cannot be read, or belongs to another base.
+        SyncError: a worker does not serve what `peft` computes.
+    """
+    saved = load_adapter(folder)
+    model = load_reference_model(engine.model, engine.revision, engine.device, getattr(torch, engine.dtype))
+    tuned = PeftModel.from_pretrained(model, str(folder))
+    canary = canary_of(tuned, min(CANARY_LENGTH, engine.max_length - 1))
+    pool.publish(lambda version: replace(saved, version=version), canary)
+
+
+def judge_and_report(
+    config: MeterConfig,
+    folder: RunFolder,
+    systems: Sequence[SystemResponses],
+    terminal: Terminal,
+    known: Mapping[str, Mapping[str, np.ndarray]] = MappingProxyType({}),
+    **more: Any,
+) -> dict[str, Any]:
+    """Score the systems' responses, compare them, write the folder's files, print the table.
+
+    `known`: system -> scorer -> [P, S], scores that are there already; `more` is added to evaluation.json, whose
+    content is returned.
+
+    Raises:
+        ConfigError: nobody scores.
+        DataError: the systems answered different prompts.
+        RewardError: a scorer failed.
+    """
+    systems = align(systems)
+    names = [scorer.name for scorer in config.scorers]
+    names += sorted(set.intersection(*(set(known.get(system.name, ())) for system in systems)) - {*names})
+    if not names:
+        raise ConfigError("scorers is empty, and no score is known of every system: name a scorer")
+    terminal.stage(f"judging with {', '.join(names)}")
+    scorers = [load_classifier(scorer) for scorer in config.scorers]
+    scored = []
+    with terminal.bar("scoring", len(systems)) as progress:
+        for number, system in enumerate(systems, 1):
+            own = {name: scores for name, scores in known.get(system.name, {}).items() if name in names}
+            scored.append(score_responses(system, scorers, _perplexity_model(system.name, config), own))
+            progress(number)
+    protocol = Protocol(names, config.seed, config.bootstrap_resamples, config.perplexity_model, config.relevance_model)
+    evaluation = compare(scored, protocol) | more
+    write_evaluation(folder.path, evaluation, scored)
+    report = write_report(folder.path)
+    shutil.rmtree(folder.path / SAMPLED_FOLDER, ignore_errors=True)
+    terminal.console.print(evaluation_table(evaluation))
+    folder.release()
+    terminal.stage(f"report: {report}")
+    return evaluation
+
+
+def _read_files(config: MeterConfig, terminal: Terminal) -> dict[str, list[FileSystem]]:
+    """System -> what its file holds, for the systems that are files; says what was left out."""
+    tokenizer = load_tokenizer(_reader(config)) if config.perplexity_model else None
+    files = {}
+    for system in config.systems:
+        if system.responses is not None:
+            files[system.name], counts = read_file_systems(system, tokenizer)
+            for reason, count in counts.items():
+                terminal.stage(f"{system.name}: {count} x {reason}")
+    return files
+
+
+def _by_base(systems: Sequence[SystemConfig]) -> list[list[SystemConfig]]:
+    """The systems that are models, gathered by base, those without an adapter first."""
+    groups: dict[str, list[SystemConfig]] = {}
+    for system in systems:
+        if system.policy is not None:
+            base = system.policy.model_dump_json(exclude={"adapter", "lora"})
+            groups.setdefault(base, []).append(system)
+    return [sorted(g, key=lambda s: s.policy is not None and s.policy.adapter is not None) for g in groups.values()]
+
+
+def _plan_base(systems: list[SystemConfig], config: MeterConfig, folder: RunFolder, terminal: Terminal) -> Base:
+    """What the systems of one base start from, with the prompts in its tokens; errors as `plan_engine`."""
+    policy = systems[0].policy
+    assert policy is not None
+    device = torch.device("cuda" if config.rollout.num_gpus > 0 else "cpu")
+    engine, reason = plan_engine(policy, config.rollout, config.data.max_tokens, device)
+    ranks = [load_adapter(s.policy.adapter).peft_config["r"] for s in systems if s.policy and s.policy.adapter]
+    read = load_prompts if config.heldout_of_run else load_all_prompts
+    split = read(config.data, load_tokenizer(policy), config.seed)
+    terminal.stage(f"{', '.join(system.name for system in systems)}: {reason}")
+    engine = with_dequantized_base(engine, policy, config.rollout, folder, device)
+    engine = replace(engine, lora_rank=max(ranks, default=engine.lora_rank))
+    return Base(systems, engine, split.heldout[: config.prompts])
+
+
+def _answers_on(base: Base, config: MeterConfig, folder: RunFolder, terminal: Terminal) -> list[SystemResponses]:
+    """The responses of every system of one base, in turn on the same workers."""
+    policy = base.systems[0].policy
+    assert policy is not None
+    answers = []
+    with rollout_workers(base.engine, config.rollout) as workers:
+        pool = WorkerPool(workers, config.rollout, canary_tolerance(policy, config.rollout, base.engine))
+        pool.connect()
+        for system in base.systems:
+            assert system.policy is not None
+            if system.policy.adapter is not None:
+                push_adapter(pool, base.engine, system.policy.adapter)
+            answers.append(answer(pool, system, base.prompts, base.engine.end_ids, config, folder, terminal))
+    return answers
+
+
+def _sampled_file(
+    system: SystemConfig, prompts: Sequence[Prompt], config: MeterConfig, folder: RunFolder
+) -> SampledFile:
+    policy = system.policy
+    assert policy is not None
+    adapter = "" if policy.adapter is None else load_adapter(policy.adapter).digest
+    model = policy.model_dump_json(exclude={"adapter", "lora"}) + adapter
+    sampling = sampling_of(config.rollout, config.seed)
+    return SampledFile(folder.path, system.name, model, prompts, config.rollout.samples_per_prompt, sampling)
+
+
+def _perplexity_model(system_name: str, config: MeterConfig) -> PerplexityModel | None:
+    """The configured perplexity model; it reads its own tokens, unless the system is that model and wrote them."""
+    if config.perplexity_model is None:
+        return None
+    tokenizer = load_tokenizer(_reader(config))
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = load_reference_model(config.perplexity_model, config.perplexity_revision, device, dtype)
+    wrote = [s.policy.model for s in config.systems if s.name == system_name and s.policy is not None]
+    own = wrote == [config.perplexity_model]
+    return PerplexityModel(config.perplexity_model, model, int(tokenizer.pad_token_id), None if own else tokenizer)
+
+
+def _reader(config: MeterConfig) -> PolicyConfig:
+    """The perplexity model as what `load_tokenizer` reads."""
+    assert config.perplexity_model is not None
+    return PolicyConfig(model=config.perplexity_model, revision=config.perplexity_revision, quantization="none")

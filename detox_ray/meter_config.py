@@ -1,0 +1,142 @@
+"""The configuration of an evaluation: which systems answer which prompts, and who judges the answers."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from detox_ray.config import (
+    ClassifierConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    Overrides,
+    PolicyConfig,
+    RayConfig,
+    ResponseColumns,
+    RolloutConfig,
+    Section,
+    absolute_path,
+    parse_section,
+    read_tree,
+)
+from detox_ray.data.sources import FILE_SUFFIXES
+from detox_ray.errors import ConfigError
+from detox_ray.run_folder import RunFolder
+
+SAMPLES_PER_PROMPT = 25  # of RealToxicityPrompts, as are the 20 tokens of RolloutConfig
+
+
+class SystemConfig(Section):
+    """One of the systems that are compared: a model, with or without an adapter, or a file of responses."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.+ -]+$", description="in tables and figures")
+    policy: PolicyConfig | None = Field(None, description="the model that answers, with policy.adapter if it is set")
+    responses: str | None = Field(None, description="or a JSONL, CSV or Parquet file of answers somebody else made")
+    columns: ResponseColumns = ResponseColumns()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "SystemConfig":
+        if (self.policy is None) == (self.responses is None):
+            raise ValueError(f"system {self.name!r}: give either policy or responses")
+        return self
+
+
+class MeterConfig(Section):
+    """An evaluation by the RealToxicityPrompts protocol (Gehman et al. 2020)."""
+
+    name: str = Field("evaluation", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="of the folder")
+    output_dir: str = Field("runs", description="folder of evaluation folders")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    systems: list[SystemConfig] = Field(min_length=1, description="the first is what the others are compared with")
+    data: DataConfig = DataConfig()
+    heldout_of_run: bool = Field(False, description="only the prompts that a run with this data and seed holds out")
+    prompts: int | None = Field(None, ge=1, description="at most this many prompts, chosen by seed and text; none: all")
+    rollout: RolloutConfig = RolloutConfig(samples_per_prompt=SAMPLES_PER_PROMPT)
+    scorers: list[ClassifierConfig] = Field(
+        [EvaluationConfig().judge], description="the first is the judge"
+    )
+    perplexity_model: str | None = Field(None, description="folder or hub id of a causal model; none: no perplexity")
+    perplexity_revision: str | None = Field(None, description="commit or tag, when it is a hub id")
+    relevance_model: str | None = Field(None, description="sentence-embedding model for the similarity to the prompt")
+    bootstrap_resamples: int = Field(2000, ge=100, description="resamples of the prompts for the 95% intervals")
+    ray: RayConfig = RayConfig()
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir/name`, absolute."""
+        return (Path(self.output_dir) / self.name).resolve()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "MeterConfig":
+        for key, names in (("systems", [s.name for s in self.systems]), ("scorers", [s.name for s in self.scorers])):
+            if repeated := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"{key}: name {min(repeated)!r} is used twice; give each its own")
+        return self
+
+    def with_absolute_paths(self) -> "MeterConfig":
+        """The same with every model, adapter and file that exists here made absolute, for other processes."""
+        tree = self.model_dump()
+        tree["data"]["source"] = absolute_path(tree["data"]["source"])
+        for key in ("perplexity_model", "relevance_model"):
+            tree[key] = absolute_path(tree[key])
+        for scorer in tree["scorers"]:
+            scorer["model"] = absolute_path(scorer["model"])
+        for system in tree["systems"]:
+            system["responses"] = absolute_path(system["responses"])
+            for key in ("model", "adapter"):
+                if system["policy"] is not None:
+                    system["policy"][key] = absolute_path(system["policy"][key])
+        return MeterConfig.model_validate(tree)
+
+
+def meter_config(target: str | Path, overrides: Overrides = ()) -> MeterConfig:
+    """The evaluation of a YAML file, a run folder, a file of responses, or a model (folder or hub id).
+
+    A run folder means its base and its adapter on its held-out prompts, by its judge and its reward's classifiers.
+    Dotted overrides such as `rollout.samples_per_prompt=4` change any value.
+
+    Raises:
+        ConfigError: nothing of the kind is there, a key is unknown, or a value is out of bounds.
+    """
+    path = Path(target)
+    if path.suffix in {".yaml", ".yml"}:
+        return parse_section(MeterConfig, read_tree(path, overrides))
+    if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
+        run = RunFolder.existing(path)
+        if not run.adapter.exists():
+            raise ConfigError(f"{path} has no adapter yet; continue it with detox-ray train {run.config_file}")
+        meter = meter_of_run(run, run.read_config())
+        return parse_section(MeterConfig, read_tree(meter.model_dump(), overrides))
+    name = path.stem if path.suffix in FILE_SUFFIXES else path.name
+    system: dict[str, Any] = {"name": name}
+    if path.suffix in FILE_SUFFIXES:
+        system["responses"] = str(target)
+    else:
+        system["policy"] = {"model": str(target), "quantization": "none"}
+    tree: dict[str, Any] = {"name": f"evaluation-{name}", "systems": [system]}
+    if system.get("policy"):
+        tree["perplexity_model"] = str(target)
+    return parse_section(MeterConfig, read_tree(tree, overrides))
+
+
+def meter_of_run(run: RunFolder, config: Config) -> MeterConfig:
+    """The evaluation of a run's base and adapter on its held-out prompts, by its judge and its reward's classifiers."""
+    return MeterConfig(
+        name=run.path.name,
+        output_dir=str(run.path.parent),
+        seed=config.seed,
+        systems=[
+            SystemConfig(name="base", policy=config.policy.model_copy(update={"adapter": None})),
+            SystemConfig(name="tuned", policy=config.policy.model_copy(update={"adapter": str(run.adapter)})),
+        ],
+        data=config.data,
+        heldout_of_run=True,
+        prompts=config.evaluation.prompts,
+        rollout=config.rollout.model_copy(update={"samples_per_prompt": config.evaluation.samples_per_prompt}),
+        scorers=[config.evaluation.judge, *config.reward.classifiers],
+        perplexity_model=config.policy.model,
+        perplexity_revision=config.policy.revision,
+        bootstrap_resamples=config.evaluation.bootstrap_resamples,
+        ray=config.ray,
+    )
