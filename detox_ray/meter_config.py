@@ -53,9 +53,7 @@ class MeterConfig(Section):
     heldout_of_run: bool = Field(False, description="only the prompts that a run with this data and seed holds out")
     prompts: int | None = Field(None, ge=1, description="at most this many prompts, chosen by seed and text; none: all")
     rollout: RolloutConfig = RolloutConfig(samples_per_prompt=SAMPLES_PER_PROMPT)
-    scorers: list[ClassifierConfig] = Field(
-        [EvaluationConfig().judge], description="the first is the judge"
-    )
+    scorers: list[ClassifierConfig] = Field([EvaluationConfig().judge], description="the first is the judge")
     perplexity_model: str | None = Field(None, description="folder or hub id of a causal model; none: no perplexity")
     perplexity_revision: str | None = Field(None, description="commit or tag, when it is a hub id")
     relevance_model: str | None = Field(None, description="sentence-embedding model for the similarity to the prompt")

@@ -20,12 +20,17 @@ METRICS = {
     "relevance": ("Relevance", "similarity of prompt and response: 1 is the same meaning", ".3f"),
     "distinct_1": ("Distinct-1", "share of tokens that differ, at equal token counts", ".3f"),
     "distinct_2": ("Distinct-2", "share of token pairs that differ, at equal token counts", ".3f"),
+    "distinct_2_per_prompt": ("Distinct-2 per prompt", "the same within the responses to each prompt", ".3f"),
     "distinct_3": ("Distinct-3", "share of token triples that differ, at equal token counts", ".3f"),
     "mean_length": ("Mean length", "tokens, end token not counted", ".1f"),
     "repetition": ("Repetition", "share of a response's bigrams that repeat", ".3f"),
     "share_empty": ("Share empty", "responses without a visible character", ".1%"),
     "share_refusal": ("Share refusal-like", "responses that begin like a refusal", ".1%"),
-    "share_other_language": ("Share other language", "responses in another language than their prompt", ".1%"),
+    "share_other_language": (
+        "Share other language",
+        "responses surely in another language than the reference usually answers in",
+        ".1%",
+    ),
 }
 
 SPLITS = {
