@@ -2,165 +2,225 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-BEFORE_COLOUR = "#d9822b"
-AFTER_COLOUR = "#1f9d8f"
-_SERIES = ("#1f9d8f", "#d9822b", "#6f7bd9", "#c2578a", "#8a8f3c", "#5a9bd5", "#a3673f", "#8c8c8c")
+from detox_ray.evaluation.evaluation_file import Evaluation, measured, systems
+from detox_ray.evaluation.paired_responses import BUCKET_NAMES, PairedResponses, bucket_flows
+
+# By the place of a system: the reference first. The page has the same hues, for text, as --system-0 and so on.
+SYSTEM_COLOURS = ("#d9822b", "#1f9d8f", "#6f7bd9", "#c2578a", "#8a8f3c", "#5a9bd5", "#a3673f", "#8c8c8c")
+_BUCKET_COLOURS = ("#4d9a63", "#d6a531", "#c8503f")
 _HISTOGRAM_BINS = 20
+_NAME_LENGTH = 22  # characters of a system's name above its part of the flow chart
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure ready for the page: `spec` is JSON that is safe inside a script element; `summary` says it in words."""
+    """A figure ready for the page: `spec` is JSON that is safe inside a script element; `summary` says it in words.
+
+    `min_width_px`: narrower than this it is not readable, so that a phone scrolls it; 0 for a figure that always fits.
+    """
 
     id: str
     title: str
     summary: str
     spec: str
+    min_width_px: int = 0
 
 
-def toxicity_histogram(before: np.ndarray, after: np.ndarray) -> Figure:
-    """Share of responses by toxicity, both systems over the same bins; `before`, `after`: [N] in [0, 1]."""
+def system_colour(place: int) -> str:
+    """Colour of the system at a place in the order of systems."""
+    return SYSTEM_COLOURS[place % len(SYSTEM_COLOURS)]
+
+
+def toxicity_histogram(responses: PairedResponses, threshold: float) -> Figure:
+    """Share of responses by toxicity, all systems over the same bins: bars up to two systems, lines beyond."""
     edges = np.linspace(0, 1, _HISTOGRAM_BINS + 1)
     figure = go.Figure()
-    for name, scores, colour in (("before", before, BEFORE_COLOUR), ("after", after, AFTER_COLOUR)):
+    sentences = []
+    for place, name in enumerate(responses.systems):
+        scores = responses.toxicity[place][~np.isnan(responses.toxicity[place])]
         counts, _ = np.histogram(np.clip(scores, 0, 1), bins=edges)
-        figure.add_bar(
-            x=((edges[:-1] + edges[1:]) / 2).tolist(),
-            y=(100 * counts / max(1, len(scores))).tolist(),
-            name=name,
-            marker_color=colour,
-            hovertemplate="toxicity about %{x:.2f}: %{y:.1f}%",
-        )
-    figure.update_layout(barmode="group", bargap=0.12)
+        shares = (100 * counts / max(1, len(scores))).tolist()
+        colour, centres = system_colour(place), ((edges[:-1] + edges[1:]) / 2).tolist()
+        hover = "toxicity about %{x:.2f}: %{y:.1f}%"
+        if len(responses.systems) <= 2:
+            figure.add_bar(x=centres, y=shares, name=name, marker_color=colour, hovertemplate=hover)
+        else:
+            line = {"color": colour, "width": 2, "shape": "hvh"}
+            figure.add_scatter(x=centres, y=shares, name=name, mode="lines", line=line, hovertemplate=hover)
+        if len(scores):
+            sentences.append(f"{name} {np.median(scores):.3f} ({np.mean(scores >= threshold):.1%})")
+    figure.update_layout(barmode="group", bargap=0.12, showlegend=True)
     figure.update_xaxes(title_text="judge's toxicity of a response", range=[0, 1])
-    figure.update_yaxes(title_text="responses, %")
-    summary = (
-        f"Median toxicity {np.median(before):.3f} before and {np.median(after):.3f} after; "
-        f"{np.mean(before >= 0.5):.1%} and {np.mean(after >= 0.5):.1%} of the responses are at 0.5 or above."
-    )
-    return _finished("toxicity", "Toxicity of the responses", summary, figure)
+    figure.update_yaxes(title_text="responses, %", rangemode="tozero")
+    summary = f"Median toxicity, and share of responses at {threshold:g} or above: {'; '.join(sentences)}."
+    return finished("toxicity", "Toxicity of the responses", summary, figure)
 
 
-def training_curves(lines: list[dict[str, Any]]) -> list[Figure]:
-    """The curves that the lines of metrics.jsonl have data for, by step; none for a run without training steps."""
-    makers: tuple[Callable[[list[dict[str, Any]]], Figure | None], ...] = (
-        _reward,
-        _kl,
-        lambda rows: _single(rows, "response_length", "Response length", "tokens"),
-        lambda rows: _single(rows, "entropy", "Entropy of the policy", "nats a token"),
-        _logprob_gap,
-        _time_split,
-    )
-    return [figure for make in makers if (figure := make(lines)) is not None]
-
-
-def _reward(lines: list[dict[str, Any]]) -> Figure | None:
-    figure = go.Figure()
-    parts = sorted({key for line in lines for key in line if key.startswith(("reward/", "shaping/"))})
-    for number, key in enumerate(["reward", *parts]):
-        if any(points := _points(lines, key)):
-            whole = key == "reward"
-            figure.add_scatter(
-                x=points[0],
-                y=points[1],
-                name="reward" if whole else key.removeprefix("reward/"),
-                line={
-                    "color": _SERIES[number % len(_SERIES)],
-                    "width": 2.5 if whole else 1.2,
-                    "dash": "solid" if whole else "dot",
-                },
-            )
-    return _curve("reward", "Reward", "reward a response", figure, lines, "reward")
-
-
-def _kl(lines: list[dict[str, Any]]) -> Figure | None:
-    return _single(lines, "kl", "KL to the reference policy", "nats")
-
-
-def _logprob_gap(lines: list[dict[str, Any]]) -> Figure | None:
-    figure = go.Figure()
-    for key, name, colour in (("logprob_gap_mean", "mean", _SERIES[0]), ("logprob_gap_max", "maximum", _SERIES[1])):
-        x, y = _points(lines, key)
-        # A gap of exactly 0 has no place on a logarithmic axis.
-        kept = [(step, gap) for step, gap in zip(x, y, strict=True) if gap > 0]
-        if kept:
-            figure.add_scatter(
-                x=[p[0] for p in kept], y=[p[1] for p in kept], name=name, line={"color": colour, "width": 2}
-            )
-    # A curve within a decade or two needs ticks between the powers of ten.
-    gaps = [gap for trace in figure.data for gap in trace.y]
-    within_two_decades = bool(gaps) and max(gaps) < 100 * min(gaps)
-    figure.update_yaxes(type="log", exponentformat="power", dtick="D2" if within_two_decades else 1)
-    return _curve(
-        "logprob_gap", "Rollout engine against learner", "|Δ log p|, nats a token", figure, lines, "logprob_gap_mean"
-    )
-
-
-def _time_split(lines: list[dict[str, Any]]) -> Figure | None:
-    figure = go.Figure()
-    totals = []
-    for number, part in enumerate(("rollout", "reward", "learn", "push")):
-        x, y = _points(lines, f"time_{part}_s")
-        if x:
-            figure.add_bar(x=x, y=y, name=part, marker_color=_SERIES[number])
-            totals.append(f"{part} {sum(y):.0f} s")
-    if not totals:
+def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
+    """How responses to the same prompts move between the toxicity buckets, system to system; None for one system."""
+    last = len(responses.systems) - 1
+    if not last:
         return None
-    figure.update_layout(barmode="stack", bargap=0.05, legend_traceorder="normal")
-    figure.update_xaxes(title_text="step")
-    figure.update_yaxes(title_text="seconds", rangemode="tozero")
-    return _finished("time", "Where the time went", f"In all: {', '.join(totals)}.", figure)
-
-
-def _single(lines: list[dict[str, Any]], key: str, title: str, unit: str) -> Figure | None:
-    x, y = _points(lines, key)
-    figure = go.Figure()
-    figure.add_scatter(x=x, y=y, name=title, line={"color": AFTER_COLOUR, "width": 2.2})
-    figure.update_layout(showlegend=False)
-    return _curve(key, title, unit, figure, lines, key)
-
-
-def _curve(
-    identity: str, title: str, unit: str, figure: go.Figure, lines: list[dict[str, Any]], key: str
-) -> Figure | None:
-    x, y = _points(lines, key)
-    if not x or not figure.data:
+    flows = [bucket_flows(responses.toxicity[i], responses.toxicity[i + 1]) for i in range(last)]
+    if not any(flow.sum() for flow in flows):
         return None
-    figure.update_xaxes(title_text="step")
-    figure.update_yaxes(title_text=unit)
-    figure.update_traces(mode="lines" if len(x) > 1 else "markers")
-    return _finished(identity, title, f"From {y[0]:.3g} at step {x[0]} to {y[-1]:.3g} at step {x[-1]}.", figure)
-
-
-def _points(lines: list[dict[str, Any]], key: str) -> tuple[list[Any], list[float]]:
-    """Steps and values where the key is there and is a finite number."""
-    kept = [
-        (line["step"], line[key])
-        for line in lines
-        if isinstance(line.get(key), int | float)
-        and math.isfinite(line[key])
-        and isinstance(line.get("step"), int | float)
+    totals = [flow.sum(axis=1) for flow in flows] + [flows[-1].sum(axis=0)]
+    # An empty bucket gets no node: plotly places one without a flow anywhere.
+    nodes = [(system, b) for system, counts in enumerate(totals) for b in range(3) if counts[b]]
+    place = {node: i for i, node in enumerate(nodes)}
+    links = [
+        (place[i, b], place[i + 1, a], int(flow[b, a]), _translucent(_BUCKET_COLOURS[a]))
+        for i, flow in enumerate(flows)
+        for b in range(3)
+        for a in range(3)
+        if flow[b, a]
     ]
-    return [step for step, _ in kept], [value for _, value in kept]
-
-
-def _finished(identity: str, title: str, summary: str, figure: go.Figure) -> Figure:
-    figure.update_layout(
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 56, "r": 12, "t": 8, "b": 44},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
-        hovermode="x unified",
+    source, target, value, colour = (list(column) for column in zip(*links, strict=True))
+    shares = [100 * totals[system][b] / totals[system].sum() for system, b in nodes]
+    figure = go.Figure(
+        go.Sankey(
+            arrangement="fixed",
+            node={
+                "label": [f"{BUCKET_NAMES[b]} {share:.1f}%" for (_, b), share in zip(nodes, shares, strict=True)],
+                "color": [_BUCKET_COLOURS[b] for _, b in nodes],
+                "x": [_inside(system / last) for system, _ in nodes],
+                "y": [_inside(_middle(totals[system], b)) for system, b in nodes],
+                "pad": 14,
+                "thickness": 16,
+                "line": {"width": 0},
+                "hovertemplate": "%{label}: %{value} responses<extra></extra>",
+            },
+            link={
+                "source": source,
+                "target": target,
+                "value": value,
+                "color": colour,
+                "hovertemplate": "%{source.label} → %{target.label}: %{value} responses<extra></extra>",
+            },
+        )
     )
+    for system, name in enumerate(responses.systems):
+        figure.add_annotation(
+            text=f"<b>{escaped(_shortened(name))}</b>",
+            x=system / last,
+            xanchor="left" if system == 0 else "right" if system == last else "center",
+            y=1.02,
+            yanchor="bottom",
+            xref="paper",
+            yref="paper",
+            showarrow=False,
+        )
+    moved = (
+        f"{responses.systems[i]} to {responses.systems[i + 1]}: {int(flow[2, :2].sum()):,} of {int(flow[2].sum()):,} "
+        f"responses left high, {int(flow[:2, 2].sum()):,} of {int(flow[:2].sum()):,} became high"
+        for i, flow in enumerate(flows)
+    )
+    summary = "; ".join(moved) if last <= 2 else "The same responses under one system after the other"
+    figure.update_layout(margin={"l": 8, "r": 8, "t": 32, "b": 12})
+    return finished(
+        "flows", "Responses moving between toxicity buckets", summary + ".", figure, 0 if last < 2 else 190 * (last + 1)
+    )
+
+
+def perplexity_scatter(evaluation: Evaluation) -> Figure | None:
+    """Mean toxicity against perplexity, a point a system with its intervals; None unless two systems have both."""
+    points = [
+        (place, name, perplexity, toxicity)
+        for place, name in enumerate(systems(evaluation))
+        if (perplexity := measured(evaluation, name, "perplexity")) and (perplexity["value"] is not None)
+        if (toxicity := measured(evaluation, name, "mean_toxicity")) and (toxicity["value"] is not None)
+    ]
+    if len(points) < 2:
+        return None
+    figure = go.Figure()
+    for place, name, perplexity, toxicity in points:
+        figure.add_scatter(
+            x=[perplexity["value"]],
+            y=[toxicity["value"]],
+            error_x=_error_bar(perplexity),
+            error_y=_error_bar(toxicity),
+            name=name,
+            mode="markers",
+            marker={"color": system_colour(place), "size": 11},
+            hovertemplate="perplexity %{x:.1f}, toxicity %{y:.3f}",
+        )
+    place, reference, *start = points[0]
+    if place == 0:
+        for place, _, *end in points[1:]:
+            figure.add_annotation(
+                **{"ax": start[0]["value"], "ay": start[1]["value"], "x": end[0]["value"], "y": end[1]["value"]},
+                **{"axref": "x", "ayref": "y", "text": "", "arrowhead": 2, "arrowwidth": 1.5},
+                **{"arrowcolor": system_colour(place), "opacity": 0.7, "standoff": 9, "startstandoff": 8},
+            )
+    figure.update_layout(hovermode="closest", showlegend=True)
+    figure.update_xaxes(title_text="perplexity")
+    figure.update_yaxes(title_text="mean toxicity", rangemode="tozero")
+    found = "; ".join(f"{name} {t['value']:.3f} at perplexity {p['value']:.1f}" for _, name, p, t in points)
+    summary = f"Mean toxicity: {found}. Lower is better on both; bars are 95% intervals" + (
+        f"; arrows start at {reference}." if not points[0][0] else "."
+    )
+    return finished("perplexity", "Toxicity against perplexity", summary, figure)
+
+
+def finished(identity: str, title: str, summary: str, figure: go.Figure, min_width_px: int = 0) -> Figure:
+    """The figure in the look of the page; `identity` becomes part of an element's id."""
+    layout = {
+        "template": "none",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+        "hovermode": "x unified",
+    }
+    given = figure.layout.to_plotly_json()
+    figure.update_layout(layout | {name: given[name] for name in ("margin", "hovermode") if name in given})
     figure.update_yaxes(automargin=True)
+    for trace in figure.data:
+        trace.name = escaped(trace.name) if trace.name else trace.name
     # "<" may not stand in a script element as it is: "</script>" would end it.
     spec = json.dumps(figure.to_plotly_json(), allow_nan=False).replace("<", "\\u003c")
-    return Figure(identity, title, summary, spec)
+    return Figure(identity, title, summary, spec, min_width_px)
+
+
+def escaped(text: str) -> str:
+    """A name as plotly shows it literally: its labels understand a few HTML tags, links among them."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _error_bar(interval: dict[str, float | None]) -> dict[str, object]:
+    value, low, high = (interval.get(key) for key in ("value", "low", "high"))
+    if value is None or low is None or high is None or not all(map(math.isfinite, (value, low, high))):
+        return {"visible": False}
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [max(0.0, high - value)],
+        "arrayminus": [max(0.0, value - low)],
+        "thickness": 1.5,
+        "width": 4,
+    }
+
+
+def _middle(counts: np.ndarray, bucket: int) -> float:
+    """Where the bucket's middle is between top (0) and bottom (1): high toxicity stands on top."""
+    above = counts[bucket + 1 :].sum()
+    return float((above + counts[bucket] / 2) / counts.sum())
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
+
+
+def _inside(position: float) -> float:
+    """Plotly takes a node position of 0 or 1 for a missing one."""
+    return min(max(position, 0.001), 0.999)
+
+
+def _translucent(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.35)"

@@ -1,31 +1,20 @@
-import copy
-import io
 import json
+import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from rich.console import Console
+from report_folder import JUDGE, OTHER, SYSTEMS, edit_evaluation, interval, read_rows, write_folder, write_rows
 
-from detox_ray.config import EvaluationConfig
 from detox_ray.errors import DataError
-from detox_ray.evaluation import summary
-from detox_ray.evaluation.meter import measure, write_evaluation
-from detox_ray.evaluation.report import evaluation_table, write_report
-from detox_ray.evaluation.responses import group_rollouts
+from detox_ray.evaluation.evaluation_file import read_evaluation
+from detox_ray.evaluation.metric_format import format_percent_change, format_value
+from detox_ray.evaluation.paired_responses import bucket_flows, read_paired_responses
+from detox_ray.evaluation.report import write_report
+from detox_ray.evaluation.summary import verdict
 
 pytestmark = pytest.mark.unit
 
 ATTACK = '<script>alert("owned")</script><img src=x onerror=alert(1)>'
-
-
-class WordJudge:
-    """Toxic is what says "idiot"."""
-
-    name = "word <judge>"
-
-    def toxicity(self, texts):
-        return np.array([0.9 if "idiot" in text else 0.1 for text in texts])
 
 
 class Page(HTMLParser):
@@ -63,26 +52,37 @@ class Page(HTMLParser):
         self.texts.setdefault(self._open[-1] if self._open else "", []).append(data)
 
 
-@pytest.fixture(scope="module")
-def run_dir(make_rollouts, tiny_llama, tmp_path_factory):
-    """A run folder made by the package's own writers: 20 prompts x 2, one response of which attacks the page."""
-    base = [["you idiot", f"fair words number {p}"] for p in range(20)]
-    tuned = [[f"calm answer number {p}", "you idiot" if p % 5 == 0 else "good words"] for p in range(20)]
-    # The prompt that worsens most shows its most toxic response, so the attack is sure to be on the page.
-    base[19], tuned[19] = ["nice words", "kind words"], [f"idiot {ATTACK}", "kind words"]
-    systems = group_rollouts("base", make_rollouts(base)), group_rollouts("tuned", make_rollouts(tuned, version=3))
-    config = EvaluationConfig(bootstrap_resamples=200)
-    path = tmp_path_factory.mktemp("run")
-    write_evaluation(path, measure(*systems, WordJudge(), tiny_llama, 0, {1}, config, seed=5), steps=3)
+def attacked(folder):
+    """The folder with an attack on the page as the worst response of the prompt that worsens most, and as a name."""
+    rows = read_rows(folder)
+    last = rows[-1]["system"]
+    for row in rows:
+        if row["prompt_id"] == "p000":
+            row["toxicity"] = 0.0 if row["system"] == "base" else 1.0 if row["system"] == last else row["toxicity"]
+            row["response"] = f"you fool {ATTACK}"
+    write_rows(folder, rows)
+    edit_evaluation(folder, lambda content: content.update(judge="word <judge>"))
+    return folder
+
+
+def add_training(folder):
     lines = [
         {"step": s, "reward": s / 10, "reward/a": s / 9, "shaping/short": -0.1, "kl": 0.1 * s, "entropy": 3.0}
         | {"response_length": 12.5, "time_rollout_s": 1.0, "time_learn_s": 2.0, "logprob_gap_mean": 0.0}
         for s in range(5)
     ]
-    text = "\n".join(json.dumps(line) for line in lines)
-    (path / "metrics.jsonl").write_text(text + "\n")
-    (path / "config.yaml").write_text("name: a-run\nseed: 5\npolicy: {model: 'lab:policy'}\nevil: '</pre><script>'\n")
-    return path
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    (folder / "config.yaml").write_text(
+        "name: a-run\nseed: 5\npolicy: {model: 'lab:policy', quantization: nf4}\n"
+        "reward: {classifiers: [{name: a}, {name: b}], aggregation: min}\nevil: '</pre><script>'\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run folder of two systems, with training curves, a configuration, and a response that attacks the page."""
+    return add_training(attacked(write_folder(tmp_path_factory.mktemp("run"), ("base", "tuned"))))
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +91,8 @@ def html(run_dir):
 
 
 @pytest.fixture
-def copied_run(run_dir, tmp_path):
-    for name in ("evaluation.json", "generations.parquet", "metrics.jsonl", "config.yaml"):
-        (tmp_path / name).write_bytes((run_dir / name).read_bytes())
-    return tmp_path
-
-
-def edit_evaluation(run, **sections):
-    content = json.loads((run / "evaluation.json").read_text())
-    for name, changes in sections.items():
-        content[name] |= changes
-    (run / "evaluation.json").write_text(json.dumps(content))
-    return content
+def pair(tmp_path):
+    return write_folder(tmp_path, ("base", "tuned"))
 
 
 def specs(html: str) -> dict[str, dict]:
@@ -112,8 +102,15 @@ def specs(html: str) -> dict[str, dict]:
     }
 
 
+def visible(html: str) -> str:
+    """The page's own words and numbers: without plotly, figures and markup."""
+    body = html.split("<main>")[1].split("</main>")[0]
+    body = re.sub(r"<script.*?</script>", " ", body, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", body).replace("\N{NO-BREAK SPACE}", " ").split())
+
+
 def test_responses_are_text_and_never_markup(html):
-    assert "idiot &lt;script&gt;alert(" in html
+    assert "fool &lt;script&gt;alert(" in html
     assert ATTACK not in html
     page = Page(html)
     assert "img" not in page.tags
@@ -128,126 +125,289 @@ def test_the_page_loads_nothing_and_opens_offline(html):
     assert Page(html).resources == []
     assert "default-src 'none'" in html
     assert html.count("plotly.js v") == 1
+    own = html.replace(html[html.index("/**\n* plotly.js") : html.index('"use strict";\nconst page')], "")
+    assert "//" not in re.sub(r"^\s*//.*$", "", own, flags=re.MULTILINE)
+    assert len(html.encode()) < 6_000_000
 
 
 def test_every_reveal_button_controls_a_hidden_example(html):
     page = Page(html)
     assert len(page.ids) == len(set(page.ids))
     assert set(page.controls) <= set(page.ids)
-    assert 8 <= len(page.controls) <= 12
-    assert html.count('<div class="hidden" id="example-') == len(page.controls)
+    assert 8 <= len(page.controls) <= 16
+    assert html.count('class="hidden" id=') == len(page.controls)
 
 
-def test_figures_show_what_the_files_say(html):
+def test_figures_show_what_the_files_say(html, run_dir):
     found = specs(html)
     # A log-probability gap of 0 throughout has no place on the logarithmic axis of its figure.
-    assert found.keys() == {"toxicity", "reward", "kl", "response_length", "entropy", "time"}
+    assert found.keys() == {
+        *("flows", "perplexity", "toxicity"),
+        *("reward", "kl", "response_length", "entropy", "time"),
+    }
     reward = {trace["name"]: trace["y"] for trace in found["reward"]["data"]}
     assert reward["reward"] == [0.0, 0.1, 0.2, 0.3, 0.4]
     assert reward.keys() == {"reward", "a", "shaping/short"}
     assert [trace["name"] for trace in found["time"]["data"]] == ["rollout", "learn"]
-    before, after = found["toxicity"]["data"]
-    assert sum(before["y"]) == pytest.approx(100)
-    assert before["y"][18] == pytest.approx(100 * 19 / 40)
-    assert after["y"][18] == pytest.approx(100 * 5 / 40)
+    rows = read_rows(run_dir)
+    for trace, system in zip(found["toxicity"]["data"], ("base", "tuned"), strict=True):
+        scores = [row["toxicity"] for row in rows if row["system"] == system]
+        assert trace["y"][0] == pytest.approx(100 * sum(score < 0.05 for score in scores) / len(scores))
 
 
 def test_headline_versions_and_lab_note(html, run_dir):
-    content = summary.read_evaluation(run_dir)
-    assert f"{content['base']['mean_toxicity']:.3f}</b>" in html
-    assert summary.verdict(content) in html
+    content = read_evaluation(run_dir)
+    base, tuned = (content["systems"][name]["all"]["mean_toxicity"]["value"] for name in ("base", "tuned"))
+    assert f'{base:.3f}</b><span class="arrow"' in html
+    assert f"{tuned:.3f}</b></p>" in html
+    assert verdict(content, "tuned") in html
     assert f"torch&nbsp;{content['versions']['torch']}" in html
     assert "no\n  claim about any model of the field" in html
     assert html.index("Content warning") < html.index("<h1>")
 
 
-def test_report_survives_a_run_without_training_or_config(copied_run):
-    (copied_run / "config.yaml").unlink()
-    (copied_run / "metrics.jsonl").write_text("")
-    html = write_report(copied_run).read_text()
-    assert "No training steps were recorded" in html
+def test_page_and_twin_hold_every_number_of_evaluation_json(tmp_path):
+    folder = write_folder(tmp_path)
+    page = visible(write_report(folder).read_text())
+    twin = (folder / "report.md").read_text()
+    content = read_evaluation(folder)
+    for system in SYSTEMS:
+        for split, metrics in content["systems"][system].items():
+            for name, found in metrics.items():
+                value, low, high = (format_value(name, found[end]) for end in ("value", "low", "high"))
+                assert f"{value} {low} to {high}" in page, (system, split, name)
+                assert f"{value} ({low} to {high})" in twin, (system, split, name)
+    for system in SYSTEMS[1:]:
+        for split, comparison in content["comparisons"][system].items():
+            for name, found in comparison["reduction"].items():
+                value, high, low = (format_percent_change(found[end]) for end in ("value", "high", "low"))
+                assert f"{value} ({high} to {low})" in page, (system, split, name)
+                assert f"{value} ({high} to {low})" in twin, (system, split, name)
+            for found in comparison["ratio"].values():
+                assert f"×{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})" in twin
+    for scorer in (JUDGE, OTHER):
+        for system in SYSTEMS:
+            found = content["by_scorer"][scorer][system]["all"]["mean_toxicity"]
+            assert f"{found['value']:.3f} {found['low']:.3f} to {found['high']:.3f}" in page
+    assert "second-opinion 0.83 1.00" in page
+    assert "| second-opinion | 0.83 | 1.00 |" in twin
+
+
+def test_reductions_and_flows_as_counted_from_the_files(tmp_path):
+    folder = write_folder(tmp_path)
+    write_report(folder)
+    twin, content = (folder / "report.md").read_text(), read_evaluation(folder)
+    for split in ("all", "toxic"):
+        rlaf = content["comparisons"]["rlaf"][split]["reduction"]
+        row = next(
+            line
+            for line in twin.split("## Reductions")[1].split(f"### {split.title()} prompts")[1].splitlines()
+            if line.startswith("| rlaf")
+        )
+        for name in ("mean_toxicity", "share_toxic"):
+            assert f" {rlaf[name]['value']:.0%} ({rlaf[name]['low']:.0%} to" in row
+    responses = read_paired_responses(folder / "generations.parquet", list(SYSTEMS))
+    low_to = bucket_flows(responses.toxicity[0], responses.toxicity[1])[0]
+    assert f"| low under base | {low_to[0]} | {low_to[1]} | {low_to[2]} |" in twin
+    rows = read_rows(folder)
+    split_sides = sum((r[f"toxicity/{JUDGE}"] >= 0.5) != (r[f"toxicity/{OTHER}"] >= 0.5) for r in rows[:200])
+    assert f"| base | {split_sides / 200:.1%} |" in twin
+
+
+def test_a_single_system(tmp_path):
+    folder = write_folder(tmp_path, ("base",))
+    html = write_report(folder).read_text()
     assert specs(html).keys() == {"toxicity"}
-    (copied_run / "metrics.jsonl").unlink()
-    assert "No training steps were recorded" in write_report(copied_run).read_text()
+    assert "before" not in visible(html).split("What was run")[0].lower()
+    assert "Nothing was compared with it" in html
+    assert Page(html).controls == []
+    assert "## Pairs" not in (folder / "report.md").read_text()
+    assert "how toxic, not whether that is less than before" in (folder / "model_card.md").read_text()
 
 
-def test_metrics_of_a_killed_and_resumed_run(copied_run, caplog):
+def test_many_systems(tmp_path):
+    names = ("base", *(f"system {n}" for n in range(9)))
+    html = write_report(write_folder(tmp_path, names)).read_text()
+    headings = [text for text in Page(html).texts["h2"] if text in names]
+    assert headings == list(names[1:])
+    assert [trace["name"] for trace in specs(html)["perplexity"]["data"]] == list(names)
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_report_survives_a_run_without_training_or_config(run_dir, tmp_path):
+    for name in ("evaluation.json", "generations.parquet"):
+        (tmp_path / name).write_bytes((run_dir / name).read_bytes())
+    assert "No training steps were recorded" in write_report(tmp_path).read_text()
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "evaluations.jsonl").write_text("")
+    html = write_report(tmp_path).read_text()
+    assert "No training steps were recorded" in html
+    assert specs(html).keys() == {"flows", "perplexity", "toxicity"}
+
+
+def test_metrics_of_a_killed_and_resumed_run(pair, caplog):
     """Step 2 was done twice, a number is NaN, keys are missing, and the last line was cut off."""
     lines = ['{"step": 1, "reward": 0.1}', '{"step": 2, "reward": 9.0}', '{"step": 2, "reward": 0.2}', '{"step": 3}']
-    (copied_run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "reward": NaN}', '{"step": 5, "rew']))
-    found = specs(write_report(copied_run).read_text())
-    assert found.keys() == {"toxicity", "reward"}
-    (trace,) = found["reward"]["data"]
+    (pair / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "reward": NaN}', '{"step": 5, "rew']))
+    (trace,) = specs(write_report(pair).read_text())["reward"]["data"]
     assert (trace["x"], trace["y"]) == ([1, 2], [0.1, 0.2])
     assert "1 lines are not metrics" in caplog.text
 
 
-def test_loss_of_fluency_is_said_before_the_table(copied_run):
-    edit_evaluation(
-        copied_run,
-        ratio={"perplexity": 1.3, "distinct_2": 0.8, "mean_length": 0.5},
-        tuned={"share_empty": 0.2},
-        base={"share_empty": 0.0},
-    )
-    html = write_report(copied_run).read_text()
-    assert html.index("Caution: fluency fell") < html.index("All metrics")
+def test_loss_of_fluency_is_said_before_the_table(pair):
+    def lose(content):
+        content["comparisons"]["tuned"]["all"]["ratio"] = {
+            name: interval(ratio) for name, ratio in (("perplexity", 1.3), ("distinct_2", 0.8), ("mean_length", 0.5))
+        }
+        content["systems"]["tuned"]["all"]["share_empty"] = interval(0.2)
+
+    edit_evaluation(pair, lose)
+    html = write_report(pair).read_text()
+    assert html.index("<strong>Caution</strong>") < html.index("All metrics")
     assert html.count("broken bound") == 3
-    assert "Empty responses rose from 0.0% to 20.0%" in html
+    for text in (html, (pair / "report.md").read_text(), (pair / "model_card.md").read_text()):
+        assert "Empty responses rose from 0.0% to 20.0%" in text
 
 
-def test_verdict_by_case(run_dir):
-    good = summary.read_evaluation(run_dir)
-    good["ratio"] = {"perplexity": 1.0, "distinct_2": 1.0, "mean_length": 1.0}
-    good["tuned"]["share_empty"] = good["base"]["share_empty"] = 0.0
-
-    def verdict(reduction, **ratio):
-        content = copy.deepcopy(good)
-        content["reduction"]["mean_toxicity"] = dict(zip(("value", "low", "high"), reduction, strict=True))
-        content["ratio"] |= ratio
-        return summary.verdict(content)
-
-    assert "fell by 73%" in verdict((0.73, 0.6, 0.8))
-    assert "stayed within its bounds" in verdict((0.73, 0.6, 0.8))
-    assert "read the caution first" in verdict((0.73, 0.6, 0.8), perplexity=1.16)
-    assert "stayed within its bounds" in verdict((0.73, 0.6, 0.8), perplexity=1.15, distinct_2=0.9, mean_length=0.9)
-    assert verdict((0.1, -0.05, 0.2)).startswith("No reliable change")
-    assert "more toxic: mean toxicity rose by 40% (95% interval 20% to 60%)" in verdict((-0.4, -0.6, -0.2))
-    assert "cannot be stated" in verdict((None, None, None))
+@pytest.mark.parametrize(("late", "warns"), [(0.3, True), (0.1, False)])
+def test_reward_hacking_warns_at_the_head_of_the_page(pair, late, warns):
+    toxicity = [0.5, 0.44, 0.38, 0.32, 0.3, 0.3] + [0.3 + (late - 0.3) * i / 3 for i in (1, 2, 3)]
+    lines = [
+        {"step": 10 * i, "mean_toxicity": t, "share_toxic": t, "reward": 0.1 * i, "perplexity": 20.0, "mean_length": 9}
+        for i, t in enumerate(toxicity)
+    ]
+    (pair / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    html = write_report(pair).read_text()
+    assert ("Reward hacking?" in html) is warns
+    assert ("part ways" in (pair / "report.md").read_text()) is warns
+    found = specs(html)
+    assert found["evaluated"]["data"][0]["y"] == pytest.approx(toxicity)
+    assert {"gap", "evaluated-perplexity", "evaluated-mean_length"} <= found.keys()
+    assert "| 80 | " in (pair / "report.md").read_text()
 
 
-def test_undefined_numbers_read_as_not_available(copied_run):
+def test_undefined_numbers_read_as_not_available(pair):
     nothing = {"value": None, "low": None, "high": None}
-    edit_evaluation(
-        copied_run,
-        reduction={"mean_toxicity": nothing},
-        ratio={"perplexity": None},
-        base={"perplexity": None},
-        tuned={"perplexity": None},
-    )
-    html = write_report(copied_run).read_text()
-    assert "n/a" in html
-    assert "nan" not in html.split("<main>")[1].split('<script type="application/json"')[0].lower()
+
+    def undefine(content):
+        content["comparisons"]["tuned"]["all"]["reduction"]["mean_toxicity"] = nothing
+        content["comparisons"]["tuned"]["all"]["ratio"]["perplexity"] = nothing
+        content["comparisons"]["tuned"]["all"]["p_value"] = None
+        content["agreement"][JUDGE][OTHER] = content["agreement"][OTHER][JUDGE] = None
+        for system in content["systems"].values():
+            system["all"]["perplexity"] = system["all"]["std_toxicity"] = nothing
+        for by_system in content["by_scorer"].values():
+            by_system["base"]["all"]["mean_toxicity"] = nothing
+
+    edit_evaluation(pair, undefine)
+    rows = read_rows(pair)
+    for row in rows[::3]:
+        row[f"toxicity/{OTHER}"] = None
+    for row in rows:
+        row["prompt_toxicity"] = row["nll"] = None
+    write_rows(pair, rows)
+    text = visible(write_report(pair).read_text())
+    assert "n/a" in text
+    assert not re.search(r"\b(nan|None|inf)\b", text + (pair / "report.md").read_text())
 
 
-def test_terminal_table_holds_every_metric(run_dir):
-    content = summary.read_evaluation(run_dir)
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(evaluation_table(content))
-    text = console.export_text()
-    for label, _, _ in summary.METRICS.values():
-        assert label in text
-    assert f"{content['base']['mean_toxicity']:.3f}" in text
+def test_metrics_that_were_not_measured_have_no_row(pair):
+    def forget(content):
+        for system in content["systems"].values():
+            for metrics in system.values():
+                del metrics["perplexity"]
+        for split in content["comparisons"]["tuned"].values():
+            del split["ratio"]["perplexity"]
+        for key in ("perplexity_model", "by_scorer", "agreement", "versions", "splits"):
+            del content[key]
+
+    edit_evaluation(pair, forget)
+    html = write_report(pair).read_text()
+    assert "Perplexity" not in visible(html)
+    assert "perplexity" not in specs(html)
 
 
-def test_missing_or_broken_files_name_themselves(tmp_path, copied_run):
+def test_wide_and_long_texts_stay_small(pair):
+    rows = read_rows(pair)
+    for row in rows:
+        row["response"] = "W" * 100_000
+    write_rows(pair, rows)
+    html = write_report(pair).read_text()
+    assert len(html.encode()) < 6_000_000
+    assert "(98,000 more characters)" in html
+
+
+def test_rewards_of_the_file_stand_in_the_pairs(pair):
+    rows = read_rows(pair)
+    for row in rows:
+        row["reward"] = 2.25 if row["system"] == "base" else 5.5
+    write_rows(pair, rows)
+    text = visible(write_report(pair).read_text())
+    assert "All 200 pairs: mean reward 2.250 before, 5.500 after, difference +3.250" in text
+    assert "2.250 5.500 +3.250" in text
+
+
+def test_improvement_of_mean_and_std_by_hand(pair):
+    def simple(content):
+        for system, mean, std in (("base", 0.4, 0.2), ("tuned", 0.1, 0.05)):
+            metrics = content["systems"][system]["all"]
+            metrics["mean_toxicity"], metrics["std_toxicity"] = interval(mean), interval(std)
+
+    edit_evaluation(pair, simple)
+    assert "Improvement of toxicity: mean 75.0%, std 75.0%." in visible(write_report(pair).read_text())
+
+
+def test_model_card_says_what_was_done_and_leaves_the_licence(run_dir, html):
+    card = (run_dir / "model_card.md").read_text()
+    assert "**Base model:** lab:policy" in card
+    assert "reward from a, b (min)" in card
+    assert "was not in the reward" in card
+    assert "### Licence\n\n<!-- Fill in" in card
+    content = read_evaluation(run_dir)
+    found = content["systems"]["tuned"]["all"]["mean_toxicity"]
+    assert f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})" in card
+    assert "word &lt;judge&gt;" in card
+    assert "&lt;!-- Fill in" in html
+
+
+def test_a_judge_in_the_reward_is_not_called_independent(run_dir, tmp_path):
+    for file in run_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    edit_evaluation(tmp_path, lambda content: content.update(judge="a"))
+    html = write_report(tmp_path).read_text()
+    assert "not in the reward" not in html
+    assert "not in the reward" not in (tmp_path / "model_card.md").read_text()
+
+
+def test_names_are_no_markup_of_markdown(tmp_path):
+    folder = write_folder(tmp_path, ("base", "a|b <i>[x](y)"))
+    write_report(folder)
+    assert "a\\|b &lt;i&gt;\\[x\\](y)" in (folder / "report.md").read_text()
+
+
+def test_texts_of_the_responses_are_neither_in_the_twin_nor_in_the_log(run_dir, html, caplog):
+    write_report(run_dir)
+    assert "you fool" not in (run_dir / "report.md").read_text()
+    assert "fool" not in caplog.text
+
+
+def test_missing_or_broken_files_name_themselves(tmp_path, pair):
     with pytest.raises(DataError, match=r"evaluation\.json does not exist"):
         write_report(tmp_path / "nowhere")
-    (copied_run / "generations.parquet").write_bytes(b"not parquet")
+    rows = read_rows(pair)
+    write_rows(pair, [row for row in rows if row["system"] == "base"])
+    with pytest.raises(DataError, match="holds no responses of 'tuned'"):
+        write_report(pair)
+    write_rows(pair, rows[:-1])
+    with pytest.raises(DataError, match="responses of 'base' and 'tuned' to the same prompts"):
+        write_report(pair)
+    (pair / "generations.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match="not a readable Parquet file"):
-        write_report(copied_run)
-    (copied_run / "generations.parquet").unlink()
+        write_report(pair)
+    (pair / "generations.parquet").unlink()
     with pytest.raises(DataError, match=r"generations\.parquet does not exist"):
-        write_report(copied_run)
-    (copied_run / "evaluation.json").write_text("{}")
-    with pytest.raises(DataError, match="is not an evaluation"):
-        write_report(copied_run)
+        write_report(pair)
+    edit_evaluation(pair, lambda content: content.pop("format"))
+    with pytest.raises(DataError, match="evaluate again"):
+        write_report(pair)

@@ -1,0 +1,81 @@
+"""What was run, from the files a training run leaves in its folder; each may be missing."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detox_ray.evaluation.evaluation_file import Evaluation, splits, systems
+from detox_ray.evaluation.metric_format import split_label
+
+logger = logging.getLogger(__name__)
+
+
+def section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of the configuration; empty where it is missing."""
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def reward_classifiers(config: dict[str, Any]) -> list[str]:
+    """Names of the classifiers in the reward."""
+    members = section(config, "reward").get("classifiers") or []
+    return [str(member.get("name")) for member in members if isinstance(member, dict)]
+
+
+def facts(config: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, str]]:
+    """What was run, in a few lines; what the files do not say is left out."""
+    policy, rollout, train = (section(config, name) for name in ("policy", "rollout", "train"))
+    counts = ", ".join(
+        f"{split_label(name)} {count}" for name, count in splits(evaluation).items() if count is not None
+    )
+    members, judge = reward_classifiers(config), evaluation.get("judge")
+    rows = {
+        "Policy": policy.get("model"),
+        "Quantisation": policy.get("quantization"),
+        "Reward": ", ".join(members),
+        "Judge, not in the reward" if members and judge not in members else "Judge": judge,
+        "Scorers": ", ".join(evaluation.get("scorers") or []),
+        "Systems": ", ".join(systems(evaluation)),
+        "Reference": evaluation["reference"],
+        "Training prompts": section(config, "data").get("source"),
+        "Prompts judged": counts,
+        "Responses a prompt": evaluation.get("samples_per_prompt"),
+        "Longest response, tokens": rollout.get("max_new_tokens"),
+        "Perplexity under": evaluation.get("perplexity_model"),
+        "Relevance by": evaluation.get("relevance_model"),
+        "Training steps": evaluation.get("steps", train.get("total_steps")),
+        "Seed": evaluation.get("seed"),
+    }
+    return [(name, str(found)) for name, found in rows.items() if found not in (None, "")]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file by step; of a step that a resumed run did again, the later line."""
+    by_step: dict[Any, dict[str, Any]] = {}
+    unreadable = 0
+    for text in read_text(path).splitlines():
+        try:
+            line = json.loads(text)
+            by_step[int(line["step"])] = line
+        except (ValueError, KeyError, TypeError):
+            unreadable += bool(text.strip())
+    if unreadable:
+        logger.warning("%s: %d lines are not metrics of a step and are not in the report", path, unreadable)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_text(path: Path) -> str:
+    """The content of a file; empty where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def parse_config_text(config_text: str) -> dict[str, Any]:
+    """The report shows the configuration of another version of the package as well, so it is not validated."""
+    try:
+        config = yaml.safe_load(config_text)
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
