@@ -118,7 +118,7 @@ def gather(folder: Path) -> ReportContent:
         metrics=tables.metric_table(evaluation),
         split_metrics=[tables.metric_table(evaluation, split) for split in splits(evaluation) if split != "all"],
         small_print=_small_print(evaluation),
-        studies=[t for split in ("all", "toxic") if (t := tables.reduction_table(evaluation, split))],
+        studies=_study_tables(evaluation),
         pair_summaries={found.system: found.summary for found in examples},
         scorers=_scorer_tables(evaluation, responses),
         flows=flow_tables(responses),
@@ -213,6 +213,12 @@ def _small_print(evaluation: Evaluation) -> list[str]:
         f"Distinct-n at {evaluation['distinct_2_at']}." if evaluation.get("distinct_2_at") else "",
     ]
     return [sentence for sentence in found if sentence]
+
+
+def _study_tables(evaluation: Evaluation) -> list[Table]:
+    if not compared_systems(evaluation):
+        return []
+    return [table for split in ("all", "toxic") if (table := tables.reduction_table(evaluation, split))]
 
 
 def _scorer_tables(evaluation: Evaluation, responses: PairedResponses) -> list[Table]:

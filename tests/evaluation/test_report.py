@@ -7,7 +7,7 @@ from report_folder import JUDGE, OTHER, SYSTEMS, edit_evaluation, interval, read
 
 from detox_ray.errors import DataError
 from detox_ray.evaluation.evaluation_file import read_evaluation
-from detox_ray.evaluation.metric_format import format_percent_change, format_value
+from detox_ray.evaluation.metric_format import TIMES, format_percent_change, format_value
 from detox_ray.evaluation.paired_responses import bucket_flows, read_paired_responses
 from detox_ray.evaluation.report import write_report
 from detox_ray.evaluation.summary import verdict
@@ -184,7 +184,7 @@ def test_page_and_twin_hold_every_number_of_evaluation_json(tmp_path):
                 assert f"{value} ({high} to {low})" in page, (system, split, name)
                 assert f"{value} ({high} to {low})" in twin, (system, split, name)
             for found in comparison["ratio"].values():
-                assert f"×{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})" in twin
+                assert f"{TIMES}{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})" in twin
     for scorer in (JUDGE, OTHER):
         for system in SYSTEMS:
             found = content["by_scorer"][scorer][system]["all"]["mean_toxicity"]
