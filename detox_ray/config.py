@@ -283,13 +283,23 @@ class EvaluationConfig(Section):
     prompts: int = Field(200, ge=1, description="held-out prompts answered (at most data.heldout_prompts)")
     samples_per_prompt: int = Field(4, ge=1)
     bootstrap_resamples: int = Field(2000, ge=100, description="resamples of the prompts for the 95% intervals")
+    every: int = Field(0, ge=0, description="steps between evaluations during training; 0: none")
+    every_prompts: int = Field(64, ge=1, description="held-out prompts answered, once each, every so many steps")
 
 
 class ResponseColumns(Section):
-    """Which columns of a file of responses hold what."""
+    """Which columns of a file of responses hold what; a field of a nested object is `object.field`."""
 
-    prompt: str = "prompt"
-    response: str = "response"
+    prompt: str = Field("prompt", min_length=1, description="column with the prompt")
+    response: str = Field("response", min_length=1, description="column with the response")
+    prompt_score: str | None = Field(None, description="column with the prompt's published toxicity")
+    scores: dict[str, str] = Field({}, description="name of a scorer -> column with its P(toxic) of the response")
+    score_scale: float = Field(1.0, gt=0, description="the scores are divided by it: 100 where the file has percent")
+    system: str | None = Field(None, description="column naming the system, where the file holds several")
+    samples: Literal["all_equal", "fewest"] = Field(
+        "all_equal",
+        description="prompts with different numbers of responses: refuse them, or cut each to the fewest, counted",
+    )
 
 
 class RayConfig(Section):

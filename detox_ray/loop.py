@@ -14,6 +14,7 @@ from detox_ray.cluster import check_resources, ray_session
 from detox_ray.config import Config, RewardConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.errors import DetoxError
+from detox_ray.evaluation.during_training import HeldoutEvaluation
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.learner.train_loop import LearnerTask, train_loop
 from detox_ray.measurement import answer, judge_and_report, push_adapter, rollout_workers
@@ -177,4 +178,10 @@ def rollout_stream(plan: Plan, pool: WorkerPool, reward: RewardConfig) -> Rollou
         ),
         config=config.rollout,
         seed=config.seed,
+        evaluation=HeldoutEvaluation(
+            config.evaluation.judge,
+            plan.prompts.heldout[: config.evaluation.every_prompts],
+            samples=1,
+            sampling=sampling_of(config.rollout, seed=config.seed),
+        ),
     )

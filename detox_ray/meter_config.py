@@ -106,6 +106,8 @@ def meter_config(target: str | Path, overrides: Overrides = ()) -> MeterConfig:
             raise ConfigError(f"{path} has no adapter yet; continue it with detox-ray train {run.config_file}")
         meter = meter_of_run(run, run.read_config())
         return parse_section(MeterConfig, read_tree(meter.model_dump(), overrides))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is neither a run folder (no config.yaml) nor a model (no config.json)")
     name = path.stem if path.suffix in FILE_SUFFIXES else path.name
     system: dict[str, Any] = {"name": name}
     if path.suffix in FILE_SUFFIXES:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"  # by the judge, while it trains
 FAILURE_FILE = "failure.json"
 ADAPTER_FOLDER = "adapter"
 STEPS_FILE = "steps.txt"  # in the adapter's folder: how many steps it was trained for

@@ -148,4 +148,4 @@ def test_evaluate_without_a_run(
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is neither a run folder (no config.yaml) nor a model" in capsys.readouterr().err

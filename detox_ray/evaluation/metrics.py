@@ -51,11 +51,6 @@ def repetition(token_ids: Sequence[int]) -> float:
     return 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
-def share_empty(texts: Sequence[str]) -> float:
-    """Share of responses without a visible character."""
-    return sum(not text.strip() for text in texts) / len(texts)
-
-
 def resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means over prompts drawn with replacement: `values: [P, K]` -> [resamples, K]; columns share their draws."""
     values = np.asarray(values, dtype=np.float64)

@@ -63,12 +63,6 @@ def response_nll(
     return nll, tokens
 
 
-def perplexity(nll_sum: np.ndarray, tokens: np.ndarray) -> float:
-    """`exp(sum of nll / sum of tokens)`: every token counts once, whatever its response; NaN without tokens."""
-    total = int(np.sum(tokens))
-    return float(np.exp(np.sum(nll_sum) / total)) if total else float("nan")
-
-
 def _batch_nll(model: Any, prompts: list[Any], responses: list[Any], pad_id: int) -> np.ndarray:
     """Nats of each response, [B] float64. Padding is on the right, so positions count from 0 in every row."""
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))

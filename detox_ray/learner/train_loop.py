@@ -20,6 +20,7 @@ from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.metrics_file import (
     ADAPTER_FOLDER,
+    EVALUATIONS_FILE,
     FAILURE_FILE,
     METRICS_FILE,
     STEPS_FILE,
@@ -57,6 +58,10 @@ class Stream(Protocol):
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int: ...
 
+    def evaluate(self, step: int, reward: float) -> None: ...
+
+    def evaluations(self, wait: bool = False) -> list[dict[str, float]]: ...
+
 
 @dataclass(frozen=True)
 class LearnerTask:
@@ -93,6 +98,7 @@ def _train(task: LearnerTask) -> None:
     on_first_learner(lambda: stream.publish(policy.adapter, policy.canary(task.canary_length)))
     if world()[0] == 0:
         cut_metrics(run_dir / METRICS_FILE, first_step)
+        cut_metrics(run_dir / EVALUATIONS_FILE, first_step)
 
     for step in range(first_step, config.train.total_steps):
         started = time.perf_counter()
@@ -117,6 +123,10 @@ def _train(task: LearnerTask) -> None:
         }
         if world()[0] == 0:
             append_metrics(run_dir / METRICS_FILE, line)
+            if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
+                stream.evaluate(step, batch.metrics["reward"])
+            for evaluation in stream.evaluations(wait=step == last_step):
+                append_metrics(run_dir / EVALUATIONS_FILE, evaluation)
         if step == last_step or (step + 1) % config.train.checkpoint_every == 0:
             _checkpoint(ppo, step, line, run_dir)
 

@@ -38,6 +38,14 @@ class Scorer(Protocol):
         ...
 
 
+class Evaluation(Protocol):
+    """What looks at the policy while it is trained; see `HeldoutEvaluation`."""
+
+    def start(self, pool: WorkerPool, step: int, reward: float) -> None: ...
+
+    def finished(self, wait: bool = False) -> list[dict[str, float]]: ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """Scored rollouts of one step, the samples of a prompt next to each other.
@@ -64,6 +72,7 @@ class RolloutStream:
     scorer: Scorer
     config: RolloutConfig
     seed: int
+    evaluation: Evaluation | None = None
     _in_flight: dict[int, list[Part]] = field(default_factory=dict)
 
     def connect(self) -> None:
@@ -89,6 +98,15 @@ class RolloutStream:
                     prompts, self.config.samples_per_prompt, self._sampling(ahead)
                 )
         return self._collect(self._in_flight.pop(step))
+
+    def evaluate(self, step: int, reward: float) -> None:
+        """Begin an evaluation of the adapter that is served now, if the run wants any."""
+        if self.evaluation is not None:
+            self.evaluation.start(self.pool, step, reward)
+
+    def evaluations(self, wait: bool = False) -> list[dict[str, float]]:
+        """The evaluations finished since the last call, a dict each; with `wait`, all that were begun."""
+        return self.evaluation.finished(wait) if self.evaluation is not None else []
 
     def _sampling(self, step: int) -> Sampling:
         return sampling_of(self.config, seed=(self.seed * 1_000_003 + step) % 2**31)

@@ -1,0 +1,75 @@
+"""The judge's view of a run while it trains: a fixed held-out set, answered every few steps, scored on the side."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError
+
+from detox_ray.config import ClassifierConfig
+from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
+from detox_ray.records import Prompt, Rollout, Sampling
+from detox_ray.rewards.classifiers import Classifier, load_classifier
+from detox_ray.rollout.pool import WorkerPool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HeldoutEvaluation:
+    """Asks the workers for answers to the same prompts, with the same seed, each time. Picklable."""
+
+    judge: ClassifierConfig
+    prompts: Sequence[Prompt]
+    samples: int
+    sampling: Sampling
+    _under_way: list[Any] = field(default_factory=list)
+
+    def start(self, pool: WorkerPool, step: int, reward: float) -> None:
+        """Begin with the adapter the workers serve now; the next batch waits for the answers, nobody for the judge.
+
+        `reward` is the training batch's, kept beside the judge's numbers.
+        """
+        parts = pool.submit(self.prompts, self.samples, self.sampling)
+        self._under_way.append(_judged.remote(self.judge, step, reward, *(part.reference for part in parts)))
+
+    def finished(self, wait: bool = False) -> list[dict[str, float]]:
+        """What has been judged since the last call, in the order of the steps; with `wait`, all of it.
+
+        An evaluation whose worker died is left out.
+        """
+        if not self._under_way:
+            return []
+        ready, self._under_way = ray.wait(
+            self._under_way, num_returns=len(self._under_way), timeout=None if wait else 0.0
+        )
+        lines = []
+        for reference in ready:
+            try:
+                lines.append(ray.get(reference))
+            except RayError as error:
+                logger.warning("an evaluation during training is lost (%s)", type(error).__name__)
+        return sorted(lines, key=lambda line: line["step"])
+
+
+@ray.remote(num_cpus=0)
+def _judged(judge: ClassifierConfig, step: int, reward: float, *parts: list[Rollout]) -> dict[str, float]:
+    rollouts = [rollout for part in parts for rollout in part]
+    toxicity = np.asarray(_classifier(judge).toxicity([r.text for r in rollouts]))
+    return {
+        "step": step,
+        "mean_toxicity": float(toxicity.mean()),
+        "share_toxic": float((toxicity >= TOXIC_THRESHOLD).mean()),
+        "mean_length": float(np.mean([len(r.response_ids) for r in rollouts])),
+        "reward": reward,
+        "responses": len(rollouts),
+    }
+
+
+@cache
+def _classifier(judge: ClassifierConfig) -> Classifier:
+    return load_classifier(judge)

@@ -1,0 +1,239 @@
+"""Score a big file on Ray Data: constant memory, every worker busy, and a killed scoring continues where it stopped.
+
+One reader cuts the file into parts, which depend on the file alone; actors with the classifiers loaded score a part at
+a time and write it to a file of its own. Parts whose file is there are not read on.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+
+from detox_ray.cluster import ray_session
+from detox_ray.config import ClassifierConfig, RayConfig
+from detox_ray.data.tables import FileSurvey, described, read_tables, require_columns, survey
+from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError
+from detox_ray.metrics_file import write_atomically
+from detox_ray.rewards.classifiers import check_classifier
+from detox_ray.run_folder import CLASSIFIER_PLACEMENT
+from detox_ray.scoring.folder import SUMMARY_FILE, ScoredFolder, summarize
+from detox_ray.scoring.part_scorer import DISAGREEMENT, SCORE_PREFIX, PartScorer
+from detox_ray.terminal import Terminal
+
+FORMAT = 1
+# A part is so many chunks of rows, and fewer when they are long: what a worker holds at a time, and what a kill costs.
+CHUNK_ROWS = 256
+MAX_PART_CHUNKS = 16
+PART_BYTES = 32 * 2**20
+# Parts of a small file: enough of them that the last ones keep all workers busy.
+PARTS_WANTED = 64
+# What may wait between the reader and the workers, in the object store.
+QUEUE_BYTES = 128 * 2**20
+WORKER_CPUS = 1
+WORKER_RESTARTS = 3
+
+
+def score_file(
+    path: str | Path,
+    output: str | Path,
+    classifiers: Sequence[ClassifierConfig],
+    text_column: str = "text",
+    workers: int | None = None,
+    ray: RayConfig | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Score every text of a JSONL, CSV, TSV or Parquet file with every classifier.
+
+    `output` becomes a folder of Parquet files: all rows and columns of the file in their order, with a column
+    `toxicity/<name>` a classifier and `disagreement`, the standard deviation over them. A row whose text is null has
+    null scores; lines that are no rows are left out. Both are counted. The same call continues a scoring that was
+    stopped.
+
+    Args:
+        path: of the file; on a cluster, where every node sees it, as `output`.
+        output: folder; new, empty, or of the same scoring.
+        classifiers: their `num_gpus` together are what one worker is given.
+        text_column: column with the text; a field of a nested object is `object.field`.
+        workers: processes, each with all classifiers and one CPU; none: one a CPU.
+        ray: which Ray; none: a local one.
+        quiet: print nothing.
+
+    Returns:
+        `{"rows", "left_out", "noted", "scorers": {name: {"scored", "mean_toxicity", "share_toxic"}}, "rows_per_s"}`,
+        where `rows_per_s` is of this call alone, and None when nothing was left to score.
+
+    Raises:
+        ConfigError: the folder holds something else, a classifier does not fit, or there are too few CPUs.
+        DataError: the file or its column is missing or malformed.
+        ModelError, RewardError: a classifier cannot be loaded, or failed.
+    """
+    terminal, ray = Terminal(quiet), ray or RayConfig()
+    path, folder = Path(path).expanduser().resolve(), ScoredFolder(Path(output).expanduser().resolve())
+    classifiers = _checked(classifiers)
+    terminal.stage(f"reading {path.name}")
+    file = survey(path)
+    _check_columns(path, file, text_column, classifiers)
+    with folder.opened(_job(path, text_column, classifiers)):
+        done = sum(part.rows for part in folder.finished().values())
+        terminal.stage(f"{file.rows:,} rows{described(file.left_out)}{f', {done:,} scored before' if done else ''}")
+        rows_per_s = None
+        if done < file.rows:
+            started = time.monotonic()
+            _score_parts(path, folder, file, classifiers, text_column, workers, ray, done, terminal)
+            rows_per_s = (file.rows - done) / (time.monotonic() - started)
+        summary = summarize(folder.finished())
+        summary["left_out"] = file.left_out | summary["left_out"]
+        write_atomically(folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
+    summary["rows_per_s"] = rows_per_s
+    return summary
+
+
+def parts(path: Path, file: FileSurvey) -> Iterator[tuple[int, pa.Table]]:
+    """(number, rows) of every part; what is in which depends on the file alone."""
+    chunks_wanted = min(MAX_PART_CHUNKS, max(1, file.rows // (PARTS_WANTED * CHUNK_ROWS)))
+    number, waiting, size = 0, list[pa.Table](), 0
+    for table in read_tables(path, file.schema, CHUNK_ROWS):
+        waiting.append(table)
+        size += table.nbytes
+        if len(waiting) == chunks_wanted or size >= PART_BYTES:
+            yield number, pa.concat_tables(waiting)
+            number, waiting, size = number + 1, [], 0
+    if waiting:
+        yield number, pa.concat_tables(waiting)
+
+
+def _score_parts(
+    path: Path,
+    folder: ScoredFolder,
+    file: FileSurvey,
+    classifiers: list[ClassifierConfig],
+    text_column: str,
+    workers: int | None,
+    config: RayConfig,
+    done: int,
+    terminal: Terminal,
+) -> None:
+    """Score the parts that are not there yet, and show how far it is."""
+    gpus = sum(classifier.num_gpus for classifier in classifiers)
+    workers = workers or config.num_cpus or psutil.cpu_count() or 1
+    terminal.stage(f"scoring with {', '.join(c.name for c in classifiers)} on {workers} workers")
+    with ray_session(config, partial(_check_room, workers, gpus), folder.path / ".ray-logs"):
+        import ray
+        from ray.data import DataContext, ExecutionResources
+        from ray.exceptions import RayActorError, RayTaskError
+
+        _log_to_file_only()
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True
+        # A block is a row that holds a whole part: what the reader yields, a worker gets.
+        context.target_max_block_size = 1
+        context.execution_options.resource_limits = ExecutionResources(object_store_memory=QUEUE_BYTES)
+        with DataContext.current(context), terminal.bar("scoring", file.rows) as progress:
+            progress(done)
+            scored = (
+                ray.data.from_items([str(path)])
+                .map_batches(
+                    _read_parts,
+                    fn_kwargs={"file": file, "finished": set(folder.finished())},
+                    # Unlike that of the workers, so that Ray does not make one step of both.
+                    num_cpus=0,
+                )
+                .map_batches(
+                    PartScorer,
+                    batch_format="pyarrow",
+                    fn_constructor_args=(str(path), str(folder.path), text_column, classifiers),
+                    concurrency=workers,
+                    num_cpus=WORKER_CPUS,
+                    num_gpus=gpus or None,
+                    max_restarts=WORKER_RESTARTS,
+                    max_task_retries=WORKER_RESTARTS,
+                )
+            )
+            try:
+                for part in scored.iter_rows():
+                    done += part["rows"]
+                    progress(done)
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, DetoxError) else error) from None
+            except RayActorError as error:
+                raise RewardError(
+                    f"a scoring worker died again and again: {str(error).strip().splitlines()[-1]}; with fewer "
+                    "workers there is more memory for each. The same command continues"
+                ) from None
+
+
+def _read_parts(batch: dict[str, Any], file: FileSurvey, finished: set[int]) -> Iterator[pa.Table]:
+    """The parts that are not finished, each a row of its number and its rows as an Arrow stream."""
+    for path in batch["item"]:
+        for number, table in parts(Path(path), file):
+            if number not in finished:
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, table.schema) as writer:
+                    writer.write_table(table)
+                stream = pa.array([sink.getvalue().to_pybytes()], pa.large_binary())
+                yield pa.table({"part": pa.array([number]), "rows": stream})
+
+
+def _checked(classifiers: Sequence[ClassifierConfig]) -> list[ClassifierConfig]:
+    """The classifiers with the paths of their models absolute, for other processes.
+
+    Raises:
+        ConfigError, ModelError: there is none, two have one name, or one cannot be loaded.
+    """
+    names = [classifier.name for classifier in classifiers]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"classifiers {names}: give one or more, each with its own name")
+    for classifier in classifiers:
+        check_classifier(classifier)
+    return [
+        c.model_copy(update={"model": str(Path(c.model).expanduser().resolve())}) if Path(c.model).exists() else c
+        for c in classifiers
+    ]
+
+
+def _check_columns(path: Path, file: FileSurvey, text_column: str, classifiers: list[ClassifierConfig]) -> None:
+    """Raises:
+    DataError: the text column is missing or no text, or a column of the result is there already.
+    """
+    require_columns(path, [text_column], file.schema.names)
+    kind = file.schema.field(text_column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise DataError(f"{path}: column {text_column!r} holds {kind}, not text; name a column with text")
+    for name in [*(SCORE_PREFIX + c.name for c in classifiers), DISAGREEMENT]:
+        if name in file.schema.names:
+            raise DataError(f"{path} has a column {name!r} already; rename it, or the classifier")
+
+
+def _check_room(workers: int, gpus: float, available: dict[str, float]) -> None:
+    """Raises:
+    ConfigError: there are fewer CPUs or GPUs than the workers need, which would wait for them for ever.
+    """
+    for kind, needed in (("CPU", workers * WORKER_CPUS), ("GPU", workers * gpus)):
+        if needed > available.get(kind, 0) + 1e-6:
+            raise ConfigError(
+                f"{workers} scoring workers need {needed:g} {kind}s, Ray has {available.get(kind, 0):g}; lower workers"
+            )
+
+
+def _job(path: Path, text_column: str, classifiers: list[ClassifierConfig]) -> dict[str, Any]:
+    """What must be the same for a scoring to be continued."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    scorers = [c.model_dump(mode="json", exclude=set(CLASSIFIER_PLACEMENT)) for c in classifiers]
+    return {"format": FORMAT, "file": digest, "text column": text_column, "scorers": scorers}
+
+
+def _log_to_file_only() -> None:
+    """Keep what Ray Data has to say in the log folder of its session, off the screen."""
+    logger = logging.getLogger("ray.data")
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, logging.StreamHandler)]
