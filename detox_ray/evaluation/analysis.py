@@ -1,8 +1,8 @@
 """What changed inside a tuned model: likelihood, entropy, attribution, relevance and words, written to analysis.json.
 
-In the schema an interval is {"value", "low", "high"} (95% bootstrap over prompts, null where undefined), REFERENCE is the
-pre-trained system, a SYSTEM any one, a TUNED any other than the reference; log-probabilities and entropies are in nats.
-Every `changes` is TUNED minus REFERENCE, paired over prompts.
+In the schema an interval is {"value", "low", "high"} (95% bootstrap over prompts, null where undefined), REFERENCE is
+the pre-trained system, a SYSTEM any one, a TUNED any other than the reference; log-probabilities and entropies are in
+nats. Every `changes` is TUNED minus REFERENCE, paired over prompts.
 
 {"format": 1, "reference", "systems": [SYSTEM], "model", "judge": name or null, "prompts", "seed", "threshold",
  "skipped": {reason: prompts},
@@ -40,7 +40,7 @@ from detox_ray.evaluation import analysis_inputs as inputs
 from detox_ray.evaluation import analysis_sections as sections
 from detox_ray.evaluation.analysis_inputs import AnsweredPrompt, ComparedSystems
 from detox_ray.evaluation.analysis_sections import Comparison, Json, TokenStatistics
-from detox_ray.evaluation.attribution import Attribution, integrated_gradients, mean_embedding
+from detox_ray.evaluation.attribution import Attribution, check_captum, integrated_gradients, mean_embedding
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.evaluation.relevance import prompt_response_similarity
 from detox_ray.evaluation.words import token_pieces
@@ -96,7 +96,7 @@ def analyze(
 
     Raises:
         DataError: the generations, the configuration or an adapter are missing or do not fit.
-        ConfigError, ModelError: the base, an adapter, the judge or the encoder cannot be loaded.
+        ConfigError, ModelError: the base, an adapter, the judge or the encoder cannot be loaded, or captum is missing.
         RewardError: the judge failed.
     """
     folder, limits = Path(folder), limits or Limits()
@@ -104,6 +104,7 @@ def analyze(
     reference = inputs.reference_name(folder)
     table = inputs.read_generations(folder / inputs.GENERATIONS_FILE, [reference, *adapters])
     inputs.check_adapter_folders(adapters)
+    check_captum()
     if policy is None:
         config = inputs.read_run_config(folder)
         policy, model_name = inputs.served_base(folder, config), config.policy.model
@@ -185,7 +186,9 @@ def _measured(
                 advance("attribution", limits.attribution_steps)
     relevance = None
     if relevance_model is not None:
-        relevance = sections.relevance_section(comparison, relevance_model, _similarities(systems, prompts, relevance_model, limits))
+        relevance = sections.relevance_section(
+            comparison, relevance_model, _similarities(systems, prompts, relevance_model, limits)
+        )
     pieces = {
         writer: [token_pieces(systems.tokenizer, prompt.responses[writer].token_ids) for prompt in prompts]
         for writer in systems.names
@@ -204,9 +207,7 @@ def _measured(
     }
 
 
-def _attribution(
-    model: Any, prompt: AnsweredPrompt, system: str, baseline: torch.Tensor, steps: int
-) -> Attribution:
+def _attribution(model: Any, prompt: AnsweredPrompt, system: str, baseline: torch.Tensor, steps: int) -> Attribution:
     shortest = min(len(response.token_ids) for response in prompt.responses.values())
     response_ids = prompt.responses[system].token_ids[:shortest]
     return integrated_gradients(model, prompt.token_ids, response_ids, baseline, steps, prompt.start_length)

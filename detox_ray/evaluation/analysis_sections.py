@@ -47,7 +47,9 @@ class Comparison:
     def per_token(self, values: Mapping[str, Sequence[np.ndarray]]) -> Json:
         """Means over all tokens, and their changes; `values[system]`: one array of tokens a prompt."""
         sums = {system: np.array([row.sum() for row in rows]) for system, rows in values.items()}
-        return self._compared(sums, {system: np.array([float(len(r)) for r in rows]) for system, rows in values.items()})
+        return self._compared(
+            sums, {system: np.array([float(len(r)) for r in rows]) for system, rows in values.items()}
+        )
 
     def per_prompt(self, values: Mapping[str, Sequence[float] | np.ndarray]) -> Json:
         """Means over prompts, and their changes; a prompt at which any system's value is NaN is left out."""
@@ -163,9 +165,7 @@ def _shifted_response(prompt: AnsweredPrompt, writer: str, pieces: list[str], sh
     }
 
 
-def word_section(
-    shifted: Mapping[str, list[Json]], min_count: int, top: int, judge: Classifier | None
-) -> Json:
+def word_section(shifted: Mapping[str, list[Json]], min_count: int, top: int, judge: Classifier | None) -> Json:
     """The `top` words each way that became less and more likely, for each tuned system."""
     systems = {}
     for tuned, responses in shifted.items():
@@ -213,7 +213,7 @@ def choose_examples(shifted: list[Json], reference: str, number: int) -> list[Js
 
 
 def _by_system(measures: Mapping[str, Json]) -> Json:
-    """{measure: {"systems": {s: x}, "changes": {t: x}}} -> {"systems": {s: {measure: x}}, "changes": {t: {measure: x}}}."""
+    """The same numbers with the system above the measure: found[measure][part][system] -> [part][system][measure]."""
     first = next(iter(measures.values()))
     return {
         part: {name: {measure: found[part][name] for measure, found in measures.items()} for name in first[part]}

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detox_ray.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Attribution:
@@ -29,7 +31,11 @@ class Attribution:
 
 
 def mean_embedding(model: Any) -> Tensor:
-    """The mean of the vocabulary's input embeddings, [H]: a token that is no token in particular."""
+    """The mean of the vocabulary's input embeddings, [H]: a token that is no token in particular.
+
+    It is the baseline, and not zeros, because models that normalise their input turn fastest near zero: there the
+    integral does not converge in a hundred steps.
+    """
     return model.get_input_embeddings().weight.detach().float().mean(dim=0)
 
 
@@ -43,11 +49,13 @@ def integrated_gradients(
 ) -> Attribution:
     """Integrated gradients of log p(response | prompt) with respect to the embeddings it was computed from.
 
-    Sundararajan et al. 2017, eq. 1, by Gauss-Legendre quadrature. The path leads from `baseline: [H]` in every place to
-    the tokens' own embeddings; the first `start_length` tokens (the start of the document, which all sequences share)
-    stay what they are and so contribute nothing. `prompt_ids: [P]`, `response_ids: [R]`, both not empty; `model` is a
-    transformers causal language model.
+    Sundararajan et al. 2017, eq. 1, by captum's Gauss-Legendre quadrature. The path leads from `baseline: [H]` in every
+    place to the tokens' own embeddings; the first `start_length` tokens (the start of the document, which all sequences
+    share) stay what they are and so contribute nothing. `prompt_ids: [P]`, `response_ids: [R]`, both not empty; `model`
+    is a transformers causal language model.
     """
+    from captum.attr import IntegratedGradients
+
     embedding = model.get_input_embeddings()
     device = embedding.weight.device
     targets = torch.tensor(response_ids, device=device)
@@ -55,16 +63,22 @@ def integrated_gradients(
         tokens = embedding(torch.tensor([[*prompt_ids, *response_ids[:-1]]], device=device))
     start = baseline.to(tokens).expand_as(tokens).clone()
     start[:, :start_length] = tokens[:, :start_length]
+    method = IntegratedGradients(lambda embeddings: response_logprob(model, embeddings, targets))
+    found, excess = method.attribute(tokens, baselines=start, n_steps=steps, return_convergence_delta=True)
+    contributions = found[0].double().sum(dim=-1).cpu().numpy()
+    return Attribution(contributions, float(contributions.sum()) - float(excess))
 
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    shares = torch.tensor((nodes + 1) / 2).to(tokens)[:, None, None]
-    path = (start + shares * (tokens - start)).requires_grad_()
-    (gradients,) = torch.autograd.grad(response_logprob(model, path, targets).sum(), path)
-    mean_gradient = (torch.tensor(weights / 2, device=device)[:, None, None] * gradients.double()).sum(dim=0)
-    contributions = ((tokens - start)[0].double() * mean_gradient).sum(dim=-1)
-    with torch.no_grad():
-        ends = response_logprob(model, torch.cat([start, tokens]), targets).double()
-    return Attribution(contributions.cpu().numpy(), float(ends[1] - ends[0]))
+
+def check_captum() -> None:
+    """Look for captum, which a plain installation does not bring.
+
+    Raises:
+        ConfigError: it is not installed, or matplotlib, which it imports, is not.
+    """
+    try:
+        import captum.attr  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"the analysis needs captum ({error}): pip install 'detox_ray[analysis]'") from None
 
 
 def response_logprob(model: Any, embeddings: Tensor, response_ids: Tensor) -> Tensor:

@@ -42,9 +42,18 @@ def _load_encoder(model: str) -> tuple[Any, Any]:
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        kind = config.model_type
+        next_token_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if config.is_encoder_decoder or next_token_only:
+            raise ModelError(f"relevance model {model!r} is a {kind}, not an encoder; name one such as a BERT")
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         encoder, loading = AutoModel.from_pretrained(
             model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -55,8 +64,6 @@ def _load_encoder(model: str) -> tuple[Any, Any]:
     # The pooler is a head for other tasks; many sentence encoders are published without it.
     if missing := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
         raise ModelError(f"relevance model {model!r} has no trained weights for {', '.join(missing[:3])}; name another")
-    if encoder.config.is_encoder_decoder or getattr(encoder.config, "is_decoder", False):
-        raise ModelError(f"relevance model {model!r} is {encoder.config.model_type}; name an encoder, such as a BERT")
     if tokenizer.pad_token_id is None:
         raise ModelError(f"relevance model {model!r}: its tokenizer has no pad token; name a sentence encoder")
     tokenizer.padding_side = "right"
