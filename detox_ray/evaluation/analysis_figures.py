@@ -6,13 +6,11 @@ from typing import Any
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from detox_ray.evaluation.figures import AFTER_COLOUR, BEFORE_COLOUR, Figure
-from detox_ray.evaluation.figures import _finished as finished
+from detox_ray.evaluation.figures import Figure, finished, system_colour
 
 FULL_COLOUR_NATS = 3.0  # a shift of e^3, twenty times as likely or unlikely, has the strongest colour
 FULL_OPACITY = 0.55  # the page's text stays readable on it, in light and dark
 FELL_RGB, ROSE_RGB = (217, 130, 43), (31, 157, 143)
-_COLOURS = (BEFORE_COLOUR, AFTER_COLOUR, "#6f7bd9", "#c2578a", "#8a8f3c", "#5a9bd5")
 _SPLITS = {"all": "all responses", "toxic": "toxic responses", "civil": "civil responses"}
 _MEASURES = {
     "prompt_entropy": "Attribution entropy over the prompt",
@@ -274,7 +272,7 @@ def _add_points(figure: go.Figure, name: str, x: list[str], intervals: list[dict
 
 def _colours(analysis: dict[str, Any]) -> list[str]:
     """One a system, the reference first."""
-    return [_COLOURS[number % len(_COLOURS)] for number in range(len(analysis["systems"]))]
+    return [system_colour(number) for number in range(len(analysis["systems"]))]
 
 
 def _translucent(colour: str) -> str:

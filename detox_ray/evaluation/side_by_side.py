@@ -7,8 +7,8 @@ from typing import Any
 
 from detox_ray.errors import DataError
 from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
+from detox_ray.evaluation.evaluation_file import read_evaluation
 from detox_ray.evaluation.responses import ScoredResponses, align, read_generations, systems_of
-from detox_ray.evaluation.summary import read_evaluation
 
 
 def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000) -> dict[str, Any]:
