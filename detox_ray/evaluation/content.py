@@ -6,6 +6,7 @@ from typing import Any
 
 from detox_ray.config import LAB_PREFIX
 from detox_ray.evaluation import figures, summary, tables
+from detox_ray.evaluation.analysis_figures import AnalysisSection, analysis_section
 from detox_ray.evaluation.evaluation_file import (
     Evaluation,
     compared,
@@ -32,7 +33,7 @@ from detox_ray.evaluation.metric_format import (
 from detox_ray.evaluation.paired_responses import PairedResponses, read_paired_responses
 from detox_ray.evaluation.response_tables import disagreement_table, evaluations_table, flow_tables
 from detox_ray.evaluation.reward_hacking import RewardJudgeGap, reward_judge_gap
-from detox_ray.evaluation.run_files import facts, parse_config_text, read_lines, read_text, section
+from detox_ray.evaluation.run_files import facts, parse_config_text, read_analysis, read_lines, read_text, section
 from detox_ray.evaluation.tables import Table
 from detox_ray.evaluation.training_figures import evaluation_curves, training_curves
 
@@ -84,6 +85,7 @@ class ReportContent:
     evaluated: list[Figure]
     evaluations: Table | None
     gap: RewardJudgeGap | None
+    analysis: AnalysisSection | None
     examples: list[SystemExamples]
     facts: list[tuple[str, str]]
     versions: dict[str, str]
@@ -104,6 +106,7 @@ def gather(folder: Path) -> ReportContent:
     config = parse_config_text(config_text)
     evaluations = read_lines(folder / "evaluations.jsonl")
     gap = reward_judge_gap(evaluations)
+    analysis = read_analysis(folder)
     examples = [system_examples(responses, evaluation, name) for name in compared_systems(evaluation)]
     flow_chart, scatter = figures.bucket_flow_chart(responses), figures.perplexity_scatter(evaluation)
     histogram = figures.toxicity_histogram(responses, threshold(evaluation))
@@ -118,7 +121,7 @@ def gather(folder: Path) -> ReportContent:
         metrics=tables.metric_table(evaluation),
         split_metrics=[tables.metric_table(evaluation, split) for split in splits(evaluation) if split != "all"],
         small_print=_small_print(evaluation),
-        studies=[t for split in ("all", "toxic") if (t := tables.reduction_table(evaluation, split))],
+        studies=_study_tables(evaluation),
         pair_summaries={found.system: found.summary for found in examples},
         scorers=_scorer_tables(evaluation, responses),
         flows=flow_tables(responses),
@@ -127,6 +130,7 @@ def gather(folder: Path) -> ReportContent:
         evaluated=evaluation_curves(evaluations, gap),
         evaluations=evaluations_table(evaluations),
         gap=gap,
+        analysis=None if analysis is None else analysis_section(analysis),
         examples=examples,
         facts=facts(config, evaluation),
         versions=evaluation.get("versions") or {},
@@ -213,6 +217,12 @@ def _small_print(evaluation: Evaluation) -> list[str]:
         f"Distinct-n at {evaluation['distinct_2_at']}." if evaluation.get("distinct_2_at") else "",
     ]
     return [sentence for sentence in found if sentence]
+
+
+def _study_tables(evaluation: Evaluation) -> list[Table]:
+    if not compared_systems(evaluation):
+        return []
+    return [table for split in ("all", "toxic") if (table := tables.reduction_table(evaluation, split))]
 
 
 def _scorer_tables(evaluation: Evaluation, responses: PairedResponses) -> list[Table]:

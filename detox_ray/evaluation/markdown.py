@@ -1,5 +1,8 @@
 """The Markdown twin of the report: the same numbers and tables, without figures and without a quoted response."""
 
+from markupsafe import Markup
+
+from detox_ray.evaluation.analysis_figures import AnalysisTable
 from detox_ray.evaluation.content import ReportContent
 from detox_ray.evaluation.tables import Cell, Table
 
@@ -24,6 +27,10 @@ def markdown_report(content: ReportContent) -> str:
     parts += _tables("## Scorers", content.scorers)
     if content.evaluations:
         parts += ["## During training", markdown_table(content.evaluations)]
+    if content.analysis:
+        parts += ["## Inside the model", _bullets(content.analysis.summary)]
+        # The tables of words are left to the page, which can veil a word.
+        parts += [_analysis_table(table) for table in content.analysis.tables if table.columns[0] != "Word"]
     if content.examples:
         parts += ["## Examples", _bullets([_example_counts(content)])]
     parts += ["## What was run", _bullets([f"{term}: {found}" for term, found in content.facts])]
@@ -66,6 +73,21 @@ def _example_counts(content: ReportContent) -> str:
         for e in content.examples
     )
     return f"{found}; in report.html, hidden until asked for."
+
+
+def _analysis_table(table: AnalysisTable) -> str:
+    rows = [[_from_html(cell) for cell in row] for row in table.rows]
+    lines = [_line([plain(column) for column in table.columns])]
+    lines.append(_line(["---", *["---:"] * (len(table.columns) - 1)]))
+    lines += [_line([plain(cell) for cell in row]) for row in rows]
+    return "\n".join(lines) + f"\n\n{plain(table.note)}"
+
+
+def _from_html(cell: str | Markup) -> str:
+    """A cell as text, its interval in brackets; a string that is no markup stands for itself."""
+    if not isinstance(cell, Markup):
+        return cell
+    return Markup(cell.replace("<small>", " (").replace("</small>", ")")).striptags()
 
 
 def _cell(cell: Cell) -> str:

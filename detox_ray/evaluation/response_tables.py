@@ -27,15 +27,14 @@ def disagreement_table(evaluation: Evaluation, responses: PairedResponses) -> Ta
     scores = responses.scores
     if len(scores) < 2:
         return None
-    judge, limit = evaluation.get("judge"), threshold(evaluation)
-    others = [name for name in scores if name != judge] if judge in scores else []
-    groups = [list(scores), *([[judge, other] for other in others] if len(scores) > 2 else [])]
+    judge, limit = str(evaluation.get("judge")), threshold(evaluation)
+    others = [name for name in scores if name != judge] if judge in scores and len(scores) > 2 else []
+    groups = [list(scores), *([judge, other] for other in others)]
     rows = []
     for place, system in enumerate(responses.systems):
         shares = [share_on_different_sides([scores[name][place] for name in group], limit) for group in groups]
         rows.append(Row(system, tuple(Cell(UNKNOWN if share is None else f"{share:.1%}") for share in shares)))
-    headings = [Column("System"), Column("Any two scorers")]
-    headings += [Column(f"Judge and {other}") for other in others[: len(groups) - 1]]
+    headings = [Column("System"), Column("Any two scorers"), *(Column(f"Judge and {other}") for other in others)]
     return Table(
         "disagreement",
         f"Responses that scorers put on different sides of {limit:g}",

@@ -7,8 +7,11 @@ from typing import Any
 
 import yaml
 
+from detox_ray.errors import DataError
 from detox_ray.evaluation.evaluation_file import Evaluation, splits, systems
 from detox_ray.evaluation.metric_format import split_label
+
+ANALYSIS_FORMAT = 1
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if unreadable:
         logger.warning("%s: %d lines are not metrics of a step and are not in the report", path, unreadable)
     return [by_step[step] for step in sorted(by_step)]
+
+
+def read_analysis(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's analysis.json; None where there is none.
+
+    Raises:
+        DataError: it is not an analysis of a format that this version shows.
+    """
+    path = folder / "analysis.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): analyse again, or remove it") from error
+    if not isinstance(content, dict) or content.get("format") != ANALYSIS_FORMAT:
+        raise DataError(f"{path} is not an analysis of format {ANALYSIS_FORMAT}: analyse again, or remove it")
+    return content
 
 
 def read_text(path: Path) -> str:

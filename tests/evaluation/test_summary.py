@@ -6,7 +6,7 @@ from rich.console import Console
 
 from detox_ray.errors import DataError
 from detox_ray.evaluation.evaluation_file import check_evaluation, read_evaluation, systems
-from detox_ray.evaluation.metric_format import METRICS
+from detox_ray.evaluation.metric_format import METRICS, TIMES
 from detox_ray.evaluation.summary import cautions, evaluation_table, sentences, verdict
 
 pytestmark = pytest.mark.unit
@@ -84,7 +84,7 @@ def test_cautions_of_what_was_lost(evaluation, metric, before, after, sentence):
 def test_caution_of_a_shorter_response(evaluation):
     with_reduction(evaluation, 0.5, 0.4, 0.6, mean_length=0.5)
     (caution,) = cautions(evaluation, "tuned")
-    assert caution == "Mean length is ×0.50 (at least ×0.9): saying less is an easy way to be harmless."
+    assert caution == f"Mean length is {TIMES}0.50 (at least {TIMES}0.9): saying less is an easy way to be harmless."
 
 
 def test_caution_of_a_scorer_that_sees_no_fall(evaluation):
