@@ -1,18 +1,20 @@
 """Score a big file on Ray Data: constant memory, every worker busy, and a killed scoring continues where it stopped.
 
-One reader cuts the file into parts, which depend on the file alone; actors with the classifiers loaded score a part at a
-time and write it to a file of its own. Parts whose file is there are not read on.
+One reader cuts the file into parts, which depend on the file alone; actors with the classifiers loaded score a part at
+a time and write it to a file of its own. Parts whose file is there already are passed over.
 """
 
 import hashlib
 import json
 import logging
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 import pyarrow as pa
 
 from detox_ray.cluster import connected
@@ -121,13 +123,14 @@ def _score_parts(
 ) -> None:
     """Score the parts that are not there yet, and show how far it is."""
     gpus = sum(classifier.num_gpus for classifier in classifiers)
-    workers = workers or config.num_cpus or psutil.cpu_count() or 1
-    terminal.stage(f"scoring with {', '.join(c.name for c in classifiers)} on {workers} workers")
-    with connected(config, folder.path / ".ray-logs", lambda available: _check_room(workers, gpus, available)):
+    with connected(config, folder.path / ".ray-logs", lambda available: _check_room(workers or 1, gpus, available)):
         import ray
         from ray.data import DataContext, ExecutionResources
         from ray.exceptions import RayActorError, RayTaskError
+        from ray.util.annotations import RayDeprecationWarning
 
+        workers = workers or _room(gpus, ray.cluster_resources())
+        terminal.stage(f"scoring with {', '.join(c.name for c in classifiers)} on {workers} workers")
         _log_to_file_only()
         context = DataContext.get_current().copy()
         context.enable_progress_bars = False
@@ -135,16 +138,14 @@ def _score_parts(
         # A block is a row that holds a whole part: what the reader yields, a worker gets.
         context.target_max_block_size = 1
         context.execution_options.resource_limits = ExecutionResources(object_store_memory=QUEUE_BYTES)
-        with DataContext.current(context), terminal.bar("scoring", file.rows) as progress:
+        with DataContext.current(context), terminal.bar("scoring", file.rows) as progress, warnings.catch_warnings():
+            # Of `ray_remote_args_fn`, which the Ray this project pins still has.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
             progress(done)
             scored = (
                 ray.data.from_items([str(path)])
-                .map_batches(
-                    _read_parts,
-                    fn_kwargs={"file": file, "finished": set(folder.finished())},
-                    # Unlike that of the workers, so that Ray does not make one step of both.
-                    num_cpus=0,
-                )
+                # num_cpus is unlike that of the workers, or Ray would make one step of both.
+                .map_batches(partial(_read_parts, file=file, finished=set(folder.finished())), num_cpus=0)
                 .map_batches(
                     PartScorer,
                     batch_format="pyarrow",
@@ -152,8 +153,7 @@ def _score_parts(
                     concurrency=workers,
                     num_cpus=WORKER_CPUS,
                     num_gpus=gpus or None,
-                    max_restarts=WORKER_RESTARTS,
-                    max_task_retries=WORKER_RESTARTS,
+                    ray_remote_args_fn=_restarts,
                 )
             )
             try:
@@ -169,7 +169,7 @@ def _score_parts(
                 ) from None
 
 
-def _read_parts(batch: dict[str, Any], file: FileSurvey, finished: set[int]) -> Iterator[pa.Table]:
+def _read_parts(batch: dict[str, np.ndarray], file: FileSurvey, finished: set[int]) -> Iterator[pa.Table]:
     """The parts that are not finished, each a row of its number and its rows as an Arrow stream."""
     for path in batch["item"]:
         for number, table in parts(Path(path), file):
@@ -179,6 +179,11 @@ def _read_parts(batch: dict[str, Any], file: FileSurvey, finished: set[int]) -> 
                     writer.write_table(table)
                 stream = pa.array([sink.getvalue().to_pybytes()], pa.large_binary())
                 yield pa.table({"part": pa.array([number]), "rows": stream})
+
+
+def _restarts() -> dict[str, int]:
+    """How often a worker may die, say of a lack of memory; Ray Data's own answer is for ever."""
+    return {"max_restarts": WORKER_RESTARTS, "max_task_retries": WORKER_RESTARTS}
 
 
 def _checked(classifiers: Sequence[ClassifierConfig]) -> list[ClassifierConfig]:
@@ -213,14 +218,21 @@ def _check_columns(path: Path, file: FileSurvey, text_column: str, classifiers: 
             raise DataError(f"{path} has a column {name!r} already; rename it, or the classifier")
 
 
+def _room(gpus: float, available: dict[str, float]) -> int:
+    """How many workers Ray has CPUs and GPUs for."""
+    room = available["CPU"] / WORKER_CPUS
+    return max(1, int(min(room, available.get("GPU", 0) / gpus) if gpus else room))
+
+
 def _check_room(workers: int, gpus: float, available: dict[str, float]) -> None:
     """Raises:
     ConfigError: there are fewer CPUs or GPUs than the workers need, which would wait for them for ever.
     """
     for kind, needed in (("CPU", workers * WORKER_CPUS), ("GPU", workers * gpus)):
         if needed > available.get(kind, 0) + 1e-6:
+            there_are = f"{available.get(kind, 0):g}"
             raise ConfigError(
-                f"{workers} scoring workers need {needed:g} {kind}s and Ray has {available.get(kind, 0):g}; lower workers"
+                f"{workers} scoring workers need {needed:g} {kind}s and Ray has {there_are}; lower workers"
             )
 
 
