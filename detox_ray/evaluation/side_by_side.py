@@ -18,8 +18,8 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
     folder's before it. Returns the content of the new evaluation.json.
 
     Raises:
-        DataError: a folder holds no evaluation or is named twice, the prompts or their numbers of responses differ, no scorer is common
-            to all, or perplexities are of different models.
+        DataError: a folder holds no evaluation or is named twice, the prompts or their numbers of responses differ, no
+            scorer is common to all, or perplexities are of different models.
     """
     if repeated := [f for f in folders if sum(f.resolve() == other.resolve() for other in folders) > 1]:
         raise DataError(f"{repeated[0]} is named twice: name different folders")
