@@ -130,7 +130,8 @@ def _measure_table(analysis: dict[str, Any]) -> AnalysisTable:
     logprobs, attribution = analysis["logprobs"], analysis["attribution"]
     sections = [
         (
-            f"Log-probability of {analysis['reference']}'s {label.removeprefix('all ')} ({logprobs['responses'][split]}), nats a token",
+            f"Log-probability of {analysis['reference']}'s {label.removeprefix('all ')} "
+            f"({logprobs['responses'][split]}), nats a token",
             {system: values[split] for system, values in logprobs["systems"].items()},
             {system: values[split] for system, values in logprobs["changes"].items()},
         )
