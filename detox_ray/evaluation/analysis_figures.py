@@ -17,9 +17,9 @@ _MEASURES = {
     "prompt_share": "Share of attribution on the prompt",
 }
 _CHOSEN = {
-    "fell": "{reference}'s response that {tuned} would hardly give any more",
-    "rose": "{tuned}'s response that {reference} would hardly have given",
-    "random": "{reference}'s response, drawn at random",
+    "fell": "a response of {reference} that fell most",
+    "rose": "a response of {tuned} that rose most",
+    "random": "a response of {reference}, drawn at random",
 }
 
 # For the page's head. A veiled word shows while it is pointed at or has the focus; in print it stays veiled.
@@ -128,7 +128,8 @@ def _measure_table(analysis: dict[str, Any]) -> AnalysisTable:
     logprobs, attribution = analysis["logprobs"], analysis["attribution"]
     sections = [
         (
-            f"Log-probability of {analysis['reference']}'s {label} ({logprobs['responses'][split]}), nats a token",
+            f"Log-probability of {analysis['reference']}'s {label.removeprefix('all ')} "
+            f"({logprobs['responses'][split]}), nats a token",
             {system: values[split] for system, values in logprobs["systems"].items()},
             {system: values[split] for system, values in logprobs["changes"].items()},
         )
@@ -198,7 +199,10 @@ def _logprob_figure(analysis: dict[str, Any]) -> Figure:
     figure.update_layout(scattermode="group")
     figure.update_yaxes(title_text="log-probability, nats a token")
     responses = f"{analysis['reference']}'s responses"
-    summary = f"Mean log-probability of a token of {responses} under every system, with 95% intervals."
+    summary = (
+        f"Mean log-probability of a token of {responses} under every system, with 95% intervals. Over all of them it "
+        "is bound to fall, by the KL divergence, so what tells is toxic against civil."
+    )
     return finished("analysis-logprobs", f"How likely {responses} are", summary, figure)
 
 
@@ -292,8 +296,9 @@ def _cell(interval: dict[str, float | None], signed: bool = False) -> Markup:
 
 
 def _plain(value: float) -> str:
-    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    # Adding 0 makes of a rounded minus zero a plain one.
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")

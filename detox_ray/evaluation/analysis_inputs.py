@@ -13,11 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import yaml
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from detox_ray.config import Config, PolicyConfig, parse_config
+from detox_ray.config import Config, PolicyConfig, load_config
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.prompts import start_ids
 from detox_ray.errors import DataError, ModelError
@@ -90,7 +89,7 @@ def read_run_config(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise DataError(f"{folder} has no config.yaml, which names the base model: give a run folder such as runs/demo")
-    return resolve_lab(parse_config(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    return resolve_lab(load_config(path))
 
 
 def served_base(folder: Path, config: Config) -> PolicyConfig:
@@ -108,10 +107,17 @@ def served_base(folder: Path, config: Config) -> PolicyConfig:
 
 
 def reference_name(folder: Path) -> str:
-    """The system that the others are compared with: what evaluation.json says, else "base"."""
+    """The system that the others are compared with: what evaluation.json says, else "base".
+
+    Raises:
+        DataError: evaluation.json is no JSON object.
+    """
     path = folder / "evaluation.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return str(content.get("reference", "base"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return str(content.get("reference", "base"))
+    except (ValueError, AttributeError):
+        raise DataError(f"{path} is not an evaluation: evaluate again") from None
 
 
 def check_adapter_folders(adapters: Mapping[str, Path]) -> None:

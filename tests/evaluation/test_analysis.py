@@ -373,6 +373,11 @@ def test_missing_parts_are_one_line_that_names_them(tiny_model, run_dir, tmp_pat
     monkeypatch.setitem(sys.modules, "captum", None)
     assert "detox_ray[analysis]" in refused(ConfigError)
 
+    for broken in ("{", "[]"):
+        (run / "evaluation.json").write_text(broken)
+        assert "evaluation.json is not an evaluation" in refused(DataError)
+    (run / "evaluation.json").unlink()
+
     (run / "adapter" / "adapter_model.safetensors").unlink()
     assert "has no adapter_model.safetensors" in refused(DataError)
     shutil.rmtree(run / "adapter")

@@ -68,7 +68,7 @@ def analysis():
             "steps": 24,
             "relative_error": 0.004,
             "systems": {s: {"prompt_entropy": interval(0.8), "prompt_share": interval(0.3)} for s in ("base", "tuned")},
-            "changes": {"tuned": {"prompt_entropy": interval(0.0), "prompt_share": interval(0.25)}},
+            "changes": {"tuned": {"prompt_entropy": interval(-0.001), "prompt_share": interval(0.25)}},
         },
         "relevance": None,
         "words": {
@@ -137,6 +137,9 @@ def test_tables_hold_the_numbers(analysis):
     assert toxic[0] == "Log-probability of base's toxic responses (20), nats a token"
     assert toxic[3] == f"{MINUS}2.00<small>{MINUS}2.10 to {MINUS}1.90</small>"
     assert next(row for row in measures.rows if "civil" in row[0])[1:] == ["n/a"] * 3
+    assert measures.rows[0][0] == "Log-probability of base's responses (20), nats a token"
+    entropy = next(row for row in measures.rows if row[0] == "Attribution entropy over the prompt")
+    assert entropy[3] == f"+0.00<small>{MINUS}0.10 to +0.10</small>"
     assert "3 empty response" in measures.note
     assert "8 of them" in measures.note
     assert less.rows == [[Markup('<span class="veiled" tabindex="0">fool</span>'), f"{MINUS}2.50", "6"]]
@@ -176,7 +179,7 @@ def test_a_hostile_name_stays_text(analysis):
     cells = [cell for table in section.tables for row in table.rows for cell in row if isinstance(cell, Markup)]
     assert cells
     assert not any("<script>" in cell for cell in cells)
-    assert section.examples[0].heading.startswith("Base's response that")
+    assert section.examples[0].heading.startswith("A response of base that fell most: ")
     assert not isinstance(section.examples[0].heading, Markup)
 
 
