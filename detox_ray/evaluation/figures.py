@@ -179,6 +179,7 @@ def finished(identity: str, title: str, summary: str, figure: go.Figure, min_wid
     }
     given = figure.layout.to_plotly_json()
     figure.update_layout(layout | {name: given[name] for name in ("margin", "hovermode") if name in given})
+    figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
     for trace in figure.data:
         trace.name = escaped(trace.name) if trace.name else trace.name
