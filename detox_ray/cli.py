@@ -45,12 +45,25 @@ def evaluate(
 
 
 @app.command()
-def report(run: RunPath) -> None:
-    """Write report.html again from what is in the run folder; needs no model."""
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="run or evaluation folders; the first one's base counts")],
+    output: Annotated[Path, typer.Option(help="folder of the comparison")] = Path("runs/comparison"),
+) -> None:
+    """Put systems that were evaluated on the same prompts side by side; needs no model."""
     from detox_ray.evaluation.report import write_report
-    from detox_ray.run_folder import RunFolder
+    from detox_ray.evaluation.side_by_side import compare_folders
+    from detox_ray.evaluation.summary import evaluation_table
 
-    typer.echo(write_report(RunFolder.existing(run).path))
+    Console().print(evaluation_table(compare_folders(folders, output)))
+    typer.echo(write_report(output))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="run or evaluation folder, such as runs/demo")]) -> None:
+    """Write report.html, report.md and model_card.md again from what is in the folder; needs no model."""
+    from detox_ray.evaluation.report import write_report
+
+    typer.echo(write_report(folder))
 
 
 @app.command()

@@ -179,7 +179,7 @@ def _samples(
     fewest = min(lengths)
     if columns.samples == "all_equal" and fewest != max(lengths):
         counts = Counter(lengths).most_common(4)
-        listed = ", ".join(f"{prompts:,} have {samples}" for samples, prompts in counts)
+        listed = ", ".join(f"{samples} for {prompts:,} prompts" for samples, prompts in counts)
         raise DataError(
             f"{path}: prompts have different numbers of responses ({listed}{', ...' if len(set(lengths)) > 4 else ''})"
             f"{described(left_out.counts())}; the metrics need one number: set samples=fewest to use the first {fewest}"

@@ -102,7 +102,7 @@ def served_base(folder: Path, config: Config) -> PolicyConfig:
         return plain
     device = _device()
     twin = write_dequantized_base(
-        config.policy, RunFolder(folder).dequantized_base, device, compute_dtype(config.policy, device)
+        config.policy, RunFolder(folder).dequantized_base(config.policy), device, compute_dtype(config.policy, device)
     )
     return plain.model_copy(update={"model": str(twin), "revision": None})
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from detox_ray.evaluation.analysis_inputs import AnsweredPrompt
 from detox_ray.evaluation.attribution import Attribution, normalized_entropy, prompt_share
-from detox_ray.evaluation.metrics import TOXIC_THRESHOLD, Interval, bootstrap_interval, paired_interval
+from detox_ray.evaluation.metrics import TOXIC_THRESHOLD, Interval, difference, intervals, mean_of, ratio_of_sums
 from detox_ray.evaluation.words import WordShift, mean_by_word, word_shifts
 from detox_ray.rewards.classifiers import Classifier
 
@@ -65,16 +65,11 @@ class Comparison:
             nothing = _interval_json(Interval(math.nan, math.nan, math.nan))
             return {"systems": dict.fromkeys(self.systems, nothing), "changes": dict.fromkeys(self.tuned, nothing)}
 
-        def change(tuned: str) -> Interval:
-            pair = (sums[base], sums[tuned], lambda b, t: t - b, self.resamples, self.seed)
-            return paired_interval(*pair, weights[base], weights[tuned])
-
+        means = {system: ratio_of_sums(sums[system], weights[system]) for system in self.systems}
+        changes = {system: difference(means[system], means[base]) for system in self.tuned}
         return {
-            "systems": {
-                s: _interval_json(bootstrap_interval(sums[s], self.resamples, self.seed, weights[s]))
-                for s in self.systems
-            },
-            "changes": {s: _interval_json(change(s)) for s in self.tuned},
+            "systems": _json_intervals(intervals(means, self.resamples, self.seed)),
+            "changes": _json_intervals(intervals(changes, self.resamples, self.seed)),
         }
 
 
@@ -104,7 +99,7 @@ def entropy_by_position(entropies: Sequence[np.ndarray], resamples: int, seed: i
         there = np.array([row[position] for row in entropies if len(row) > position])
         if len(there) < FEWEST_AT_POSITION:
             break
-        interval = _interval_json(bootstrap_interval(there, resamples, seed))
+        interval = _interval_json(intervals({"mean": mean_of(there)}, resamples, seed)["mean"])
         points.append({"position": position + 1, "responses": len(there), **interval})
     return points
 
@@ -219,6 +214,10 @@ def _by_system(measures: Mapping[str, Json]) -> Json:
         part: {name: {measure: found[part][name] for measure, found in measures.items()} for name in first[part]}
         for part in ("systems", "changes")
     }
+
+
+def _json_intervals(found: Mapping[str, Interval]) -> Json:
+    return {name: _interval_json(interval) for name, interval in found.items()}
 
 
 def _interval_json(interval: Interval) -> Json:

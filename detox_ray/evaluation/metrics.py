@@ -113,6 +113,13 @@ def ratio(tuned: Statistic, base: Statistic) -> Statistic:
     return Statistic(columns, lambda means: _quotient(tuned.value(means[:, :split]), base.value(means[:, split:])))
 
 
+def difference(tuned: Statistic, base: Statistic) -> Statistic:
+    """`tuned - base`, as `ratio`."""
+    split = tuned.columns.shape[1]
+    columns = np.concatenate([tuned.columns, base.columns], axis=1)
+    return Statistic(columns, lambda means: tuned.value(means[:, :split]) - base.value(means[:, split:]))
+
+
 def reduction(tuned: Statistic, base: Statistic) -> Statistic:
     """`1 - tuned / base`, as `ratio`."""
     quotient = ratio(tuned, base)

@@ -18,9 +18,11 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
     folder's before it. Returns the content of the new evaluation.json.
 
     Raises:
-        DataError: a folder holds no evaluation, the prompts or their numbers of responses differ, no scorer is common
-            to all, or perplexities are of different models.
+        DataError: a folder holds no evaluation or is named twice, the prompts or their numbers of responses differ, no
+            scorer is common to all, or perplexities are of different models.
     """
+    if repeated := [f for f in folders if sum(f.resolve() == other.resolve() for other in folders) > 1]:
+        raise DataError(f"{repeated[0]} is named twice: name different folders")
     evaluations = [read_evaluation(folder) for folder in folders]
     first = evaluations[0]
     scorers = [s for s in first["scorers"] if all(s in other["scorers"] for other in evaluations)]
@@ -71,5 +73,5 @@ def _free_name(name: str, folder: Path, systems: Sequence[ScoredResponses]) -> s
     candidates = [name, f"{folder.resolve().name} {name}"]
     free = next((candidate for candidate in candidates if candidate not in taken), None)
     if free is None:
-        raise DataError(f"{folder} is named twice, or two folders are called {folder.resolve().name!r}: rename one")
+        raise DataError(f"two folders are called {folder.resolve().name!r}: rename one of them")
     return free

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from detox_ray.metrics_file import write_atomically
 # Names that begin with an underscore or a dot are no data to whatever reads a folder of Parquet files.
 JOB_FILE = "_scoring.json"
 SUMMARY_FILE = "_summary.json"
+SCRATCH_PREFIX = ".writing-"
 STATISTICS_KEY = b"detox_ray"
 TOXIC_THRESHOLD = 0.5
 
@@ -56,15 +58,17 @@ class ScoredFolder:
             except BlockingIOError:
                 raise ConfigError(f"output {self.path} is in use by another process; wait, or choose another") from None
             self._check_job(job)
+            self.clear_scratch()
             yield
+            self.clear_scratch()
 
     def part(self, number: int) -> Path:
         """Where part `number` is, or will be; sorted by name the parts are in the order of the file."""
         return self.path / f"part-{number:06d}.parquet"
 
     def write_part(self, number: int, table: pa.Table, statistics: PartStatistics) -> None:
-        """Write a part; a killed writer leaves nothing but a hidden file that the next one replaces."""
-        scratch = self.path / f".part-{number:06d}.parquet"
+        """Write a part; a killed writer leaves nothing but a hidden file."""
+        scratch = self.path / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}"
         content = json.dumps(vars(statistics)).encode()
         pq.write_table(table.replace_schema_metadata({STATISTICS_KEY: content}), scratch, compression="zstd")
         scratch.replace(self.part(number))
@@ -76,6 +80,11 @@ class ScoredFolder:
             metadata = pq.read_schema(path).metadata
             parts[int(path.stem.removeprefix("part-"))] = PartStatistics(**json.loads(metadata[STATISTICS_KEY]))
         return parts
+
+    def clear_scratch(self) -> None:
+        """Remove what killed writers left; one that still writes fails, and its part is written by another."""
+        for path in self.path.glob(f"{SCRATCH_PREFIX}*"):
+            path.unlink(missing_ok=True)
 
     def _check_job(self, job: dict[str, Any]) -> None:
         path = self.path / JOB_FILE

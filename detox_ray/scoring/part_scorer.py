@@ -85,7 +85,7 @@ class PartScorer:
     def _load(self) -> None:
         if self._classifiers:
             return
-        if any(config.kind == "transformers" for config in self._configs):
+        if any(config.kind != "linear" for config in self._configs):
             import torch
 
             # One thread an actor: two beside another busy process are slower than one.

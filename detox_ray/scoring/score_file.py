@@ -1,19 +1,21 @@
 """Score a big file on Ray Data: constant memory, every worker busy, and a killed scoring continues where it stopped.
 
 One reader cuts the file into parts, which depend on the file alone; actors with the classifiers loaded score a part at
-a time and write it to a file of its own. Parts whose file is there are not read on.
+a time and write it to a file of its own. Parts whose file is there already are passed over.
 """
 
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 import pyarrow as pa
 
 from detox_ray.cluster import ray_session
@@ -37,7 +39,7 @@ PARTS_WANTED = 64
 # What may wait between the reader and the workers, in the object store.
 QUEUE_BYTES = 128 * 2**20
 WORKER_CPUS = 1
-WORKER_RESTARTS = 3
+WORKER_DEATHS = 3  # the third within one command ends it
 
 
 def score_file(
@@ -80,13 +82,14 @@ def score_file(
     terminal.stage(f"reading {path.name}")
     file = survey(path)
     _check_columns(path, file, text_column, classifiers)
-    with folder.opened(_job(path, text_column, classifiers)):
+    job = _Job(path, file, text_column, classifiers, folder)
+    with folder.opened(job.identity):
         done = sum(part.rows for part in folder.finished().values())
         terminal.stage(f"{file.rows:,} rows{described(file.left_out)}{f', {done:,} scored before' if done else ''}")
         rows_per_s = None
         if done < file.rows:
             started = time.monotonic()
-            _score_parts(path, folder, file, classifiers, text_column, workers, ray, done, terminal)
+            _score_parts(job, workers, ray, terminal)
             rows_per_s = (file.rows - done) / (time.monotonic() - started)
         summary = summarize(folder.finished())
         summary["left_out"] = file.left_out | summary["left_out"]
@@ -109,68 +112,95 @@ def parts(path: Path, file: FileSurvey) -> Iterator[tuple[int, pa.Table]]:
         yield number, pa.concat_tables(waiting)
 
 
-def _score_parts(
-    path: Path,
-    folder: ScoredFolder,
-    file: FileSurvey,
-    classifiers: list[ClassifierConfig],
-    text_column: str,
-    workers: int | None,
-    config: RayConfig,
-    done: int,
-    terminal: Terminal,
-) -> None:
-    """Score the parts that are not there yet, and show how far it is."""
-    gpus = sum(classifier.num_gpus for classifier in classifiers)
-    workers = workers or config.num_cpus or psutil.cpu_count() or 1
-    terminal.stage(f"scoring with {', '.join(c.name for c in classifiers)} on {workers} workers")
-    with ray_session(config, partial(_check_room, workers, gpus), folder.path / ".ray-logs"):
+@dataclass(frozen=True)
+class _Job:
+    """What is scored, by what, into what."""
+
+    path: Path
+    file: FileSurvey
+    text_column: str
+    classifiers: list[ClassifierConfig]
+    folder: ScoredFolder
+
+    @property
+    def gpus(self) -> float:
+        """Ray GPUs of one worker."""
+        return sum(classifier.num_gpus for classifier in self.classifiers)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a scoring to be continued."""
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        scorers = [c.model_dump(mode="json", exclude=set(CLASSIFIER_PLACEMENT)) for c in self.classifiers]
+        return {"format": FORMAT, "file": digest, "text column": self.text_column, "scorers": scorers}
+
+
+def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Terminal) -> None:
+    """Score the parts that are not there yet, and show how far it is; begin again when a worker dies."""
+    logs = job.folder.path / ".ray-logs"
+    with ray_session(config, partial(_check_room, workers or 1, job.gpus), logs):
         import ray
-        from ray.data import DataContext, ExecutionResources
         from ray.exceptions import RayActorError, RayTaskError
 
-        _log_to_file_only()
-        context = DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        context.raise_original_map_exception = True
-        # A block is a row that holds a whole part: what the reader yields, a worker gets.
-        context.target_max_block_size = 1
-        context.execution_options.resource_limits = ExecutionResources(object_store_memory=QUEUE_BYTES)
-        with DataContext.current(context), terminal.bar("scoring", file.rows) as progress:
-            progress(done)
-            scored = (
-                ray.data.from_items([str(path)])
-                .map_batches(
-                    _read_parts,
-                    fn_kwargs={"file": file, "finished": set(folder.finished())},
-                    # Unlike that of the workers, so that Ray does not make one step of both.
-                    num_cpus=0,
-                )
-                .map_batches(
-                    PartScorer,
-                    batch_format="pyarrow",
-                    fn_constructor_args=(str(path), str(folder.path), text_column, classifiers),
-                    concurrency=workers,
-                    num_cpus=WORKER_CPUS,
-                    num_gpus=gpus or None,
-                    max_restarts=WORKER_RESTARTS,
-                    max_task_retries=WORKER_RESTARTS,
-                )
+        workers = workers or _room(job.gpus, ray.cluster_resources())
+        terminal.stage(f"scoring with {', '.join(c.name for c in job.classifiers)} on {workers} workers")
+        with terminal.bar("scoring", job.file.rows) as progress:
+            for deaths in range(1, WORKER_DEATHS + 1):
+                try:
+                    return _run_dataset(job, workers, progress)
+                except RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, DetoxError) else error) from None
+                except RayActorError as error:
+                    if deaths == WORKER_DEATHS:
+                        raise RewardError(
+                            f"{deaths} scoring workers died: {str(error).strip().splitlines()[-1]} With fewer workers "
+                            "there is more memory for each; the same command continues"
+                        ) from None
+
+
+def _run_dataset(job: _Job, workers: int, progress: Callable[[float], None]) -> None:
+    """Read and score on Ray Data until every part is there; raises what Ray raises."""
+    import ray
+    from ray.data import DataContext, ExecutionResources
+    from ray.util.annotations import RayDeprecationWarning
+
+    # Ray Data's own lines stay in the log folder of its session.
+    logger = logging.getLogger("ray.data")
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, logging.StreamHandler)]
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    # A block is a row that holds a whole part: what the reader yields, a worker gets.
+    context.target_max_block_size = 1
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=QUEUE_BYTES)
+    finished = job.folder.finished()
+    done = sum(part.rows for part in finished.values())
+    with DataContext.current(context), warnings.catch_warnings():
+        # Of `ray_remote_args_fn`, which the Ray this project pins still has.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        scored = (
+            ray.data.from_items([str(job.path)])
+            # num_cpus is unlike that of the workers, or Ray would make one step of both.
+            .map_batches(partial(_read_parts, file=job.file, finished=set(finished)), num_cpus=0)
+            .map_batches(
+                PartScorer,
+                batch_format="pyarrow",
+                fn_constructor_args=(str(job.path), str(job.folder.path), job.text_column, job.classifiers),
+                concurrency=workers,
+                num_cpus=WORKER_CPUS,
+                num_gpus=job.gpus or None,
+                # Ray would start a worker that dies again for ever, also over a text that kills it.
+                ray_remote_args_fn=lambda: {"max_restarts": 0},
             )
-            try:
-                for part in scored.iter_rows():
-                    done += part["rows"]
-                    progress(done)
-            except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, DetoxError) else error) from None
-            except RayActorError as error:
-                raise RewardError(
-                    f"a scoring worker died again and again: {str(error).strip().splitlines()[-1]}; with fewer "
-                    "workers there is more memory for each. The same command continues"
-                ) from None
+        )
+        progress(done)
+        for part in scored.iter_rows():
+            done += part["rows"]
+            progress(done)
 
 
-def _read_parts(batch: dict[str, Any], file: FileSurvey, finished: set[int]) -> Iterator[pa.Table]:
+def _read_parts(batch: dict[str, np.ndarray], file: FileSurvey, finished: set[int]) -> Iterator[pa.Table]:
     """The parts that are not finished, each a row of its number and its rows as an Arrow stream."""
     for path in batch["item"]:
         for number, table in parts(Path(path), file):
@@ -214,26 +244,19 @@ def _check_columns(path: Path, file: FileSurvey, text_column: str, classifiers: 
             raise DataError(f"{path} has a column {name!r} already; rename it, or the classifier")
 
 
+def _room(gpus: float, available: dict[str, float]) -> int:
+    """How many workers Ray has CPUs and GPUs for."""
+    room = available["CPU"] / WORKER_CPUS
+    return max(1, int(min(room, available.get("GPU", 0) / gpus) if gpus else room))
+
+
 def _check_room(workers: int, gpus: float, available: dict[str, float]) -> None:
     """Raises:
     ConfigError: there are fewer CPUs or GPUs than the workers need, which would wait for them for ever.
     """
     for kind, needed in (("CPU", workers * WORKER_CPUS), ("GPU", workers * gpus)):
         if needed > available.get(kind, 0) + 1e-6:
+            there_are = f"{available.get(kind, 0):g}"
             raise ConfigError(
-                f"{workers} scoring workers need {needed:g} {kind}s, Ray has {available.get(kind, 0):g}; lower workers"
+                f"{workers} scoring workers need {needed:g} {kind}s and Ray has {there_are}; lower workers"
             )
-
-
-def _job(path: Path, text_column: str, classifiers: list[ClassifierConfig]) -> dict[str, Any]:
-    """What must be the same for a scoring to be continued."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    scorers = [c.model_dump(mode="json", exclude=set(CLASSIFIER_PLACEMENT)) for c in classifiers]
-    return {"format": FORMAT, "file": digest, "text column": text_column, "scorers": scorers}
-
-
-def _log_to_file_only() -> None:
-    """Keep what Ray Data has to say in the log folder of its session, off the screen."""
-    logger = logging.getLogger("ray.data")
-    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, logging.StreamHandler)]

@@ -30,6 +30,8 @@ SMALL = [
     "reward.calibration_prompts=32",
     "evaluation.prompts=16",
     "evaluation.samples_per_prompt=2",
+    "evaluation.every=2",
+    "evaluation.every_prompts=8",
 ]
 
 
@@ -101,6 +103,19 @@ def test_every_line_of_metrics_has_what_a_user_looks_for(killed_and_continued: t
         assert expected <= line.keys()
         assert line["logprob_gap_max"] < 1e-3
         assert all(value == value for value in line.values())
+
+
+def test_the_judge_looked_on_while_it_trained(killed_and_continued: tuple[Path, str]) -> None:
+    lines = [json.loads(line) for line in (killed_and_continued[0] / "evaluations.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    # The one under way when the driver was killed may be missing.
+    assert set(steps) <= {1, 3, 5, 7}
+    assert {5, 7} <= set(steps)
+    assert len(steps) == len(set(steps))
+    for line in lines:
+        assert 0 <= line["mean_toxicity"] <= 1
+        assert line["responses"] == 8
+        assert line["mean_length"] > 0
 
 
 def test_the_run_folder_is_complete(killed_and_continued: tuple[Path, str]) -> None:
