@@ -36,6 +36,7 @@ from detox_ray.evaluation.reward_hacking import RewardJudgeGap, reward_judge_gap
 from detox_ray.evaluation.run_files import facts, parse_config_text, read_analysis, read_lines, read_text, section
 from detox_ray.evaluation.tables import Table
 from detox_ray.evaluation.training_figures import evaluation_curves, training_curves
+from detox_ray.metrics_file import EVALUATIONS_FILE, METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def gather(folder: Path) -> ReportContent:
     responses = read_paired_responses(folder / "generations.parquet", systems(evaluation))
     config_text = read_text(folder / "config.yaml")
     config = parse_config_text(config_text)
-    evaluations = read_lines(folder / "evaluations.jsonl")
+    evaluations = read_lines(folder / EVALUATIONS_FILE)
     gap = reward_judge_gap(evaluations)
     analysis = read_analysis(folder)
     examples = [system_examples(responses, evaluation, name) for name in compared_systems(evaluation)]
@@ -126,7 +127,7 @@ def gather(folder: Path) -> ReportContent:
         scorers=_scorer_tables(evaluation, responses),
         flows=flow_tables(responses),
         figures=[figure for figure in (flow_chart, scatter, histogram) if figure],
-        training=training_curves(read_lines(folder / "metrics.jsonl")),
+        training=training_curves(read_lines(folder / METRICS_FILE)),
         evaluated=evaluation_curves(evaluations, gap),
         evaluations=evaluations_table(evaluations),
         gap=gap,
