@@ -395,6 +395,21 @@ def test_model_card_says_what_was_done_and_leaves_the_licence(run_dir, html):
     assert "&lt;!-- Fill in" in html
 
 
+def test_paths_of_this_machine_are_not_published(pair):
+    (pair / "config.yaml").write_text(
+        "policy: {model: /home/somebody/models/small}\nreward: {classifiers: [{name: a}]}\n"
+        "data: {source: /home/somebody/prompts.jsonl}\n"
+    )
+    edit_evaluation(pair, lambda content: content.update(perplexity_model="/home/somebody/cache/large"))
+    write_report(pair)
+    for name in ("model_card.md", "report.md"):
+        text = (pair / name).read_text()
+        assert "somebody" not in text
+        assert "prompts.jsonl" in text
+        assert "Perplexity under large." in text
+    assert "**Base model:** small" in (pair / "model_card.md").read_text()
+
+
 def test_a_judge_in_the_reward_is_not_called_independent(run_dir, tmp_path):
     for file in run_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
