@@ -17,6 +17,7 @@ from detox_ray.config import (
     RolloutConfig,
     Section,
     absolute_path,
+    make_classifier_absolute,
     parse_section,
     read_tree,
 )
@@ -79,7 +80,7 @@ class MeterConfig(Section):
         for key in ("perplexity_model", "relevance_model"):
             tree[key] = absolute_path(tree[key])
         for scorer in tree["scorers"]:
-            scorer["model"] = absolute_path(scorer["model"])
+            make_classifier_absolute(scorer)
         for system in tree["systems"]:
             system["responses"] = absolute_path(system["responses"])
             for key in ("model", "adapter"):

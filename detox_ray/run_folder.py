@@ -22,7 +22,10 @@ PLACEMENT = (
     "reward.timeout_s", "reward.retries", "train.num_cpus", "train.num_gpus", "train.threads", "train.max_failures",
     "train.checkpoint_every",
 )  # fmt: skip
-CLASSIFIER_PLACEMENT = ("replicas", "num_cpus", "num_gpus", "batch_size")
+CLASSIFIER_PLACEMENT = (
+    "replicas", "num_cpus", "num_gpus", "batch_size",
+    "api_key_env", "cache", "requests_per_second", "retries", "timeout_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

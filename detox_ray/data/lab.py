@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from detox_ray.config import LAB_PREFIX, S, Section
+from detox_ray.config import LAB_PREFIX, S, Section, cache_folder
 from detox_ray.errors import ConfigError, DataError
 
 # To be raised with every change of what the lab contains, so that no stale one is used.
@@ -44,7 +44,7 @@ def lab_path(part: LabPart) -> Path:
 
 def lab_folder(seed: int = 0) -> Path:
     """Where the lab of a seed is, or will be once it is built."""
-    return _cache() / f"lab-{LAB_VERSION}-{seed}"
+    return cache_folder() / f"lab-{LAB_VERSION}-{seed}"
 
 
 def build_lab(seed: int = 0, progress: Progress | None = None) -> Path:
@@ -98,9 +98,9 @@ def lab_source(source: str) -> Path:
 
 def remove_lab() -> bool:
     """Removes the labs of every version and seed, also unfinished ones; whether there was a finished one."""
-    if not _cache().is_dir():
+    if not cache_folder().is_dir():
         return False
-    ours = [p for p in _cache().iterdir() if re.fullmatch(r"lab-\d+-\d+(\.lock|\.building-\w+)?", p.name)]
+    ours = [p for p in cache_folder().iterdir() if re.fullmatch(r"lab-\d+-\d+(\.lock|\.building-\w+)?", p.name)]
     for path in ours:
         if path.is_dir():
             shutil.rmtree(path)
@@ -194,10 +194,6 @@ def _make(folder: Path, seed: int, progress: Progress) -> None:
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     progress("done", 1.0)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("DETOX_RAY_CACHE") or "~/.cache/detox_ray").expanduser().absolute()
 
 
 def _file_of(part: str) -> str:

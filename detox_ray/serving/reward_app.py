@@ -51,7 +51,7 @@ class ClassifierDeployment:
     """One classifier; one call scores one list, and calls take turns (a fast tokenizer is not thread-safe)."""
 
     def __init__(self, config: ClassifierConfig) -> None:
-        if config.kind == "transformers" and config.num_gpus == 0:
+        if config.kind in {"transformers", "evaluate"} and config.num_gpus == 0:
             import torch
             import transformers
 

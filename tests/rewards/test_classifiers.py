@@ -8,7 +8,8 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 from detox_ray.config import ClassifierConfig
 from detox_ray.errors import ConfigError, ModelError, RewardError
-from detox_ray.rewards.classifiers import PROBABILITY_FLOOR, check_classifier, load_classifier, read_label
+from detox_ray.rewards.classifiers import check_classifier, load_classifier, read_label
+from detox_ray.rewards.probability import PROBABILITY_FLOOR
 
 pytestmark = pytest.mark.unit
 

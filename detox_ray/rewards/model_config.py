@@ -1,0 +1,65 @@
+"""What is known of a sequence classifier before its weights are loaded."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from detox_ray.config import ClassifierConfig
+from detox_ray.errors import ConfigError, ModelError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def check_sequence_classifier(config: ClassifierConfig) -> str:
+    """The name of the label that `config` reads, once model and label are known to exist.
+
+    Raises:
+        ConfigError: the model has no such label.
+        ModelError: the model is missing, or a folder without safetensors weights.
+    """
+    names = load_model_config(config).id2label
+    label = label_index(config, names)
+    folder = Path(config.model)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"classifier {config.name!r}: no *.safetensors in {config.model}; save the model with safe serialization"
+        )
+    return {int(index): name for index, name in names.items()}[label]
+
+
+def load_model_config(config: ClassifierConfig) -> Any:
+    """The model's own configuration, from the folder or the hub."""
+    from transformers import AutoConfig
+
+    where = f"classifier {config.name!r}: {config.model!r}"
+    folder = Path(config.model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{where} has no config.json; give the folder that save_pretrained wrote")
+    elif not HUB_ID.fullmatch(config.model):
+        raise ModelError(f"{where} does not exist; give the folder of a sequence classifier, or its hub id")
+    try:
+        return AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{where} cannot be read: {first_line(error)}; give a local folder or an existing hub id"
+        ) from None
+
+
+def label_index(config: ClassifierConfig, id2label: dict[int, str]) -> int:
+    """The index of the label that `config` names; raises ConfigError with the labels there are."""
+    names = {int(index): name for index, name in id2label.items()}
+    if config.label in names:
+        return int(config.label)
+    for index, name in names.items():
+        if name == config.label:
+            return index
+    listed = ", ".join(f"{index}={name}" for index, name in sorted(names.items()))
+    raise ConfigError(
+        f"classifier {config.name!r}: {config.model!r} has no label {config.label!r}; its labels: {listed}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, to stand inside one of ours."""
+    return str(error).strip().split("\n")[0].rstrip(".;")

@@ -1,0 +1,396 @@
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from perspective_server import KEY, KNOWN, PerspectiveServer, published_error, score
+
+from detox_ray.config import ClassifierConfig, dump_config, parse_config
+from detox_ray.errors import ConfigError, RewardError
+from detox_ray.rewards import perspective_client
+from detox_ray.rewards.classifiers import check_classifier, load_classifier
+from detox_ray.rewards.perspective import PerspectiveClassifier
+
+pytestmark = pytest.mark.unit
+
+RUDE, CIVIL, FOREIGN = "you fool", "thank you, friend", "þú ert kjáni"
+TEXTS = [RUDE, CIVIL, "what a fine day", "only a fool would say so"]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def server() -> Iterator[PerspectiveServer]:
+    server = PerspectiveServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PERSPECTIVE_API_KEY", KEY)
+    monkeypatch.setenv("DETOX_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(perspective_client, "BACKOFF_S", 0.02)
+
+
+def config(server: PerspectiveServer, perspective: dict[str, Any] | None = None, **changes: Any) -> ClassifierConfig:
+    settings = {"address": server.address, "requests_per_second": 500, "timeout_s": 10, **(perspective or {})}
+    return ClassifierConfig(**{"name": "api", "kind": "perspective", "perspective": settings, **changes})
+
+
+def load(server: PerspectiveServer, perspective: dict[str, Any] | None = None, **changes: Any) -> PerspectiveClassifier:
+    classifier = load_classifier(config(server, perspective, **changes))
+    assert isinstance(classifier, PerspectiveClassifier)
+    return classifier
+
+
+def test_scores_are_the_servers(server: PerspectiveServer) -> None:
+    expected = np.array([score(text, "TOXICITY") for text in TEXTS])
+    np.testing.assert_allclose(load(server).toxicity(TEXTS), expected, atol=1e-6)
+    for output, values in {
+        "probability": 1 - expected,
+        "logprob": np.log(1 - expected),
+        "logit": np.log((1 - expected) / expected),
+    }.items():
+        np.testing.assert_allclose(load(server, output=output).score(TEXTS), values, atol=1e-5)
+    insult = load(server, label="INSULT").toxicity(TEXTS)
+    np.testing.assert_allclose(insult, [score(text, "INSULT") for text in TEXTS], atol=1e-6)
+    assert load(server).score([]).shape == (0,)
+    assert server.received == dict.fromkeys(TEXTS, 1), "one request gives all attributes, for ever"
+
+
+def test_all_attributes_are_kept_in_the_order_of_the_texts(server: PerspectiveServer) -> None:
+    classifier = load(server)
+    twice = [*TEXTS, *TEXTS[::-1]]
+    assert classifier.attributes(twice) == [{name: score(text, name) for name in KNOWN} for text in twice]
+    assert not classifier.refused
+    assert server.received == dict.fromkeys(TEXTS, 1)
+
+
+def test_the_request_is_the_published_one(server: PerspectiveServer) -> None:
+    load(server, {"attributes": ["TOXICITY", "THREAT"], "languages": ["en"]}).toxicity([RUDE])
+    load(server).toxicity([RUDE])
+    named, detected = server.requests
+    assert named == {
+        "comment": {"text": RUDE},
+        "requestedAttributes": {"TOXICITY": {}, "THREAT": {}},
+        "languages": ["en"],
+        "doNotStore": True,
+    }
+    assert "languages" not in detected
+    assert list(detected["requestedAttributes"]) == KNOWN
+
+
+def test_texts_that_cannot_be_scored(server: PerspectiveServer) -> None:
+    at_the_limit, above = "a" * 20_480, "é" * 10_241
+    texts = [RUDE, FOREIGN, "", above, "\ud83d", at_the_limit, "12345", FOREIGN]
+    classifier = load(server)
+    found = classifier.attributes(texts)
+    assert [scores is None for scores in found] == [False, True, True, True, True, False, True, True]
+    assert classifier.refused == {
+        "LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE": 2,
+        "COMMENT_EMPTY": 1,
+        "COMMENT_TOO_LONG": 1,
+        "NOT_UNICODE": 1,
+        "LANGUAGE_DETECTION_FAILED": 1,
+    }
+    for method in (classifier.score, classifier.toxicity):
+        with pytest.raises(RewardError, match=r"'api': 6 of 8 texts were refused \(2 LANGUAGE_NOT_SUPPORTED") as error:
+            method(texts)
+        assert FOREIGN not in str(error.value)
+    assert server.received == {RUDE: 1, FOREIGN: 1, at_the_limit: 1, "12345": 1}, "a refusal is not paid for twice"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("Attribute INSULT does not support request languages: und", "LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE"),
+        ("Unable to detect language.", "LANGUAGE_DETECTION_FAILED"),
+        ("Comment text too long.", "COMMENT_TOO_LONG"),
+        ("Comment text was too many bytes. Value (23368) exceeded limit (20480).", "COMMENT_TOO_LONG"),
+        ("Comment must be non-empty.", "COMMENT_EMPTY"),
+    ],
+)
+def test_refusals_without_an_error_type(server: PerspectiveServer, message: str, reason: str) -> None:
+    server.next_answers = [(400, {}, published_error(400, message))]
+    classifier = load(server)
+    assert classifier.attributes([RUDE]) == [None]
+    assert classifier.refused == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (400, published_error(400, "API key not valid. Please pass a valid API key."), "API key not valid"),
+        (400, published_error(400, "Unknown requested attribute: X", "INVALID_REQUEST"), "Unknown requested"),
+        (403, published_error(403, "Perspective API has not been used in project 7 before"), "has not been used"),
+        (404, b"<html>nothing here</html>", "status 404"),
+        (400, {"error": "odd"}, "status 400"),
+    ],
+)
+def test_a_refused_request_is_not_a_refused_text(server: PerspectiveServer, status: int, body: Any, said: str) -> None:
+    server.next_answers = [(status, {}, body)]
+    with pytest.raises(RewardError, match=f"{status}.*{said}|{said}") as error:
+        load(server, {"requests_per_second": 1}).attributes(TEXTS)
+    assert "check the perspective settings and the key in PERSPECTIVE_API_KEY" in str(error.value)
+    assert sum(server.received.values()) == 1, "neither retried nor gone on with"
+
+
+@pytest.mark.parametrize("date", [False, True], ids=["seconds", "date"])
+def test_retry_after_is_honoured(server: PerspectiveServer, date: bool) -> None:
+    when = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if date else "1"
+    server.next_answers = [(429, {"Retry-After": when}, published_error(429, "Quota exceeded"))]
+    started = time.time()
+    assert load(server).toxicity([RUDE]) == pytest.approx([0.9])
+    # A date has whole seconds.
+    assert server.arrivals[1] - server.arrivals[0] > 0.9
+    assert time.time() - started < 30
+
+
+def test_a_pause_holds_for_all_threads(server: PerspectiveServer) -> None:
+    server.delay_s = 0.05
+    server.next_answers = [(429, {"Retry-After": "1"}, published_error(429, "Quota exceeded"))]
+    load(server, {"requests_per_second": 50}).toxicity([f"day number {i}" for i in range(20)])
+    after = [arrival - server.arrivals[0] for arrival in server.arrivals]
+    # What was already under way when the answer came may still arrive.
+    assert not [gap for gap in after if 0.5 < gap < 0.9]
+    assert max(after) > 0.9
+
+
+def test_a_quota_that_is_used_up_is_said_at_once(server: PerspectiveServer) -> None:
+    server.next_answers = [(429, {"Retry-After": "86400"}, published_error(429, "Quota exceeded"))]
+    with pytest.raises(RewardError, match="asks to wait 86400 s"):
+        load(server).toxicity([RUDE])
+
+
+def test_what_may_pass_is_tried_again(server: PerspectiveServer) -> None:
+    busy = published_error(503, "try again")
+    server.next_answers = [(503, {}, busy), (500, {}, b"oops"), (0, {}, None), (429, {}, busy)]
+    assert load(server).toxicity([RUDE]) == pytest.approx([0.9])
+    assert server.received == {RUDE: 5}
+
+
+def test_what_does_not_pass_is_given_up(server: PerspectiveServer) -> None:
+    server.next_answers = [(502, {}, b"")] * 3
+    with pytest.raises(RewardError, match=r"'api': http://127.* failed 3 times, at last with status 502"):
+        load(server, {"retries": 2}).toxicity([RUDE])
+    assert server.received == {RUDE: 3}
+
+
+def scored(toxicity: Any) -> dict[str, Any]:
+    return {"attributeScores": {"TOXICITY": {"summaryScore": {"value": toxicity, "type": "PROBABILITY"}}}}
+
+
+@pytest.mark.parametrize("body", [scored(float("nan")), scored(1.5), scored("high"), {"attributeScores": {}}, b"{", []])
+def test_an_answer_that_is_no_score(server: PerspectiveServer, body: Any) -> None:
+    server.next_answers = [(200, {}, body)]
+    classifier = load(server, {"attributes": ["TOXICITY"]})
+    with pytest.raises(RewardError, match="did not answer a probability for each of TOXICITY"):
+        classifier.toxicity([RUDE])
+    assert classifier.toxicity([RUDE]) == pytest.approx([0.9]), "and it is not kept"
+
+
+def test_the_rate_holds_over_threads(server: PerspectiveServer) -> None:
+    server.delay_s = 0.2
+    classifier = load(server, {"requests_per_second": 20})
+    shares = [[f"day number {i}" for i in range(start, start + 6)] for start in (0, 6, 12)]
+    threads = [threading.Thread(target=classifier.toxicity, args=(share,)) for share in shares]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(server.received.values()) == 18
+    assert max(server.arrivals) - min(server.arrivals) > 0.8 * 17 / 20
+    assert server.most_at_once > 1, "a slow answer does not hold up the next request"
+
+
+def test_a_server_that_dies_and_comes_back(server: PerspectiveServer) -> None:
+    texts = [f"day number {i}" for i in range(12)]
+    server.dies_after = 5
+    with pytest.raises(RewardError, match="failed 2 times, at last with RemoteProtocolError"):
+        load(server, {"requests_per_second": 100, "retries": 1}).toxicity(texts)
+    server.stop()
+    with pytest.raises(RewardError, match="ConnectError"):
+        load(server, {"retries": 0}).toxicity(texts)
+    done = {text for text in texts if server.answered[text]}
+    assert 5 <= len(done) < len(texts)
+    again = PerspectiveServer(server.port)
+    try:
+        assert load(again).toxicity(texts) == pytest.approx([0.1] * 12)
+        assert set(again.received) == set(texts) - done
+        assert max((server.answered + again.answered).values()) == 1
+    finally:
+        again.stop()
+
+
+SCORE = """
+import sys
+from detox_ray.config import ClassifierConfig
+from detox_ray.rewards import perspective
+perspective.MAX_THREADS = int(sys.argv[2])
+settings = {"address": sys.argv[1], "requests_per_second": 200}
+config = ClassifierConfig(name="api", kind="perspective", perspective=settings)
+print(perspective.PerspectiveClassifier(config).toxicity(sys.argv[3:]).sum(), flush=True)
+"""
+
+
+def start(server: PerspectiveServer, threads: int, texts: list[str]) -> subprocess.Popen[str]:
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-c", SCORE, server.address, str(threads), *texts],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> float:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return float(output)
+
+
+def test_a_killed_process_is_continued(server: PerspectiveServer) -> None:
+    texts = [f"day number {i}" for i in range(8)]
+    server.holds = texts[4]
+    killed = start(server, 1, texts)
+    assert server.holding.wait(120)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert set(server.received) == set(texts[:5])
+    server.holds = None
+    assert finished(start(server, 1, texts)) == pytest.approx(0.8, abs=1e-5)
+    assert server.received == dict.fromkeys(texts, 1) | {texts[4]: 2}, "only what was never answered is asked again"
+
+
+def test_two_processes_share_the_cache(server: PerspectiveServer) -> None:
+    texts = [f"day number {i}" for i in range(40)]
+    server.delay_s = 0.05
+    both = [start(server, 4, texts), start(server, 4, texts[::-1])]
+    assert [finished(process) for process in both] == pytest.approx([4.0, 4.0], abs=1e-4)
+    assert server.received == dict.fromkeys(texts, 1)
+    server.stop()
+    assert finished(start(server, 4, texts)) == pytest.approx(4.0, abs=1e-4), "nothing is asked any more"
+
+
+def test_the_cache_is_about_what_was_asked(server: PerspectiveServer, tmp_path: Path) -> None:
+    load(server).toxicity([RUDE])
+    load(server, {"attributes": KNOWN[::-1]}).toxicity([RUDE])
+    assert server.received[RUDE] == 1
+    load(server, {"attributes": ["TOXICITY"]}).toxicity([RUDE])
+    load(server, {"languages": ["en"]}).toxicity([RUDE])
+    load(server, {"cache": None}).toxicity([RUDE])
+    load(server, {"cache": str(tmp_path / "other.sqlite")}).toxicity([RUDE])
+    assert server.received[RUDE] == 5
+    file = tmp_path / "cache" / "perspective.sqlite"
+    assert file.is_file()
+    assert RUDE.encode() not in file.read_bytes()
+    in_memory = load(server, {"cache": None})
+    in_memory.toxicity([RUDE])
+    in_memory.toxicity([RUDE])
+    assert server.received[RUDE] == 6
+
+
+def test_the_key_is_in_no_message(server: PerspectiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    said: list[str] = []
+
+    def fail(act: Callable[[], Any]) -> None:
+        with pytest.raises(RewardError) as error:
+            act()
+        said.append("".join(traceback.format_exception(error.value)))
+
+    classifier = load(server, {"retries": 0})
+    for status in (400, 403, 429, 500):
+        server.next_answers = [(status, {}, published_error(status, f"no: key={KEY} may not score {RUDE}"))]
+        fail(lambda: classifier.toxicity([RUDE]))
+    server.next_answers = [(403, {}, published_error(403, f"consumer {KEY} is suspended"))]
+    fail(lambda: classifier.toxicity([RUDE]))
+    assert "consumer ... is suspended" in said[-1]
+    classifier.toxicity([RUDE])
+    server.stop()
+    fail(lambda: classifier.toxicity([CIVIL]))
+    assert any("comments:analyze" in record.getMessage() for record in caplog.records)
+    for message in [*said, caplog.text]:
+        assert KEY not in message
+        assert RUDE not in message
+    assert KEY not in repr(config(server))
+
+
+def test_what_is_missing_is_said_before_anything_is_asked(
+    server: PerspectiveServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("PERSPECTIVE_API_KEY")
+    (tmp_path / "text").write_text("no database, and long enough to be one: " * 10)
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    for check in (check_classifier, load_classifier):
+        with pytest.raises(ConfigError, match=r"'api': the environment variable PERSPECTIVE_API_KEY holds no key"):
+            check(config(server))
+        for cache in (tmp_path / "text", tmp_path / "text" / "cache.sqlite"):
+            with pytest.raises(ConfigError, match=r"perspective\.cache .*text.* cannot be used"):
+                check(config(server, {"cache": str(cache), "api_key_env": None}))
+        check(config(server, {"api_key_env": None}))
+        check(config(server, {"api_key_env": "OTHER_KEY"}))
+    assert not server.received
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": "RUDENESS"}, r"label='RUDENESS' is not among the perspective\.attributes TOXICITY, "),
+        ({"perspective": {"address": "http://scores.example.org"}}, "carry the key unencrypted: use https"),
+        ({"perspective": {"address": "scores.example.org"}}, r"address = 'scores.example.org'"),
+        ({"perspective": {"attributes": []}}, "attributes"),
+        ({"perspective": {"requests_per_second": 0}}, "requests_per_second = 0"),
+        ({"perspective": {"adress": "x"}}, "did you mean 'address'"),
+        ({"kind": "linear", "model": "a:b", "perspective": {}}, "kind=linear does not go with perspective"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"reward": {"classifiers": [{"name": "api", "kind": "perspective", **changes}]}})
+
+
+def test_defaults_and_round_trip(tmp_path: Path) -> None:
+    config = parse_config({"reward": {"classifiers": [{"name": "api", "kind": "perspective"}]}})
+    [member] = config.reward.classifiers
+    assert member.label == "TOXICITY"
+    assert member.perspective is not None
+    assert member.perspective.address == "https://commentanalyzer.googleapis.com"
+    assert member.perspective.requests_per_second == 1
+    assert member.perspective.cache == str(tmp_path / "cache" / "perspective.sqlite")
+    assert parse_config(yaml.safe_load(dump_config(config))) == config.with_absolute_paths() == config
+
+
+def test_a_judge_is_another_scorer_if_address_or_label_differ() -> None:
+    def parse(judge: dict[str, Any]) -> None:
+        api = {"name": "api", "kind": "perspective"}
+        parse_config({"reward": {"classifiers": [api]}, "evaluation": {"judge": {**api, "name": "judge", **judge}}})
+
+    for same in ({}, {"perspective": {"address": "https://commentanalyzer.googleapis.com/", "languages": ["en"]}}):
+        with pytest.raises(ConfigError, match=r"is also in the reward \(classifier 'api'\)"):
+            parse(same)
+    parse({"label": "INSULT"})
+    parse({"perspective": {"address": "https://scores.example.org"}})
+
+
+def test_temperature_and_meaning_as_of_other_classifiers(server: PerspectiveServer) -> None:
+    plain = load(server, output="logit").score(TEXTS)
+    np.testing.assert_allclose(load(server, output="logit", temperature=2.0).score(TEXTS), plain / 2, atol=1e-5)
+    turned = load(server, label_means="nontoxic").toxicity([RUDE])
+    assert turned == pytest.approx([0.1])
+    assert math.isclose(load(server, label_means="nontoxic", output="probability").score([RUDE])[0], 0.9, abs_tol=1e-6)
