@@ -33,7 +33,15 @@ from detox_ray.evaluation.metric_format import (
 from detox_ray.evaluation.paired_responses import PairedResponses, read_paired_responses
 from detox_ray.evaluation.response_tables import disagreement_table, evaluations_table, flow_tables
 from detox_ray.evaluation.reward_hacking import RewardJudgeGap, reward_judge_gap
-from detox_ray.evaluation.run_files import facts, parse_config_text, published_name, read_analysis, read_lines, read_text, section
+from detox_ray.evaluation.run_files import (
+    facts,
+    parse_config_text,
+    published_name,
+    read_analysis,
+    read_lines,
+    read_text,
+    section,
+)
 from detox_ray.evaluation.tables import Table
 from detox_ray.evaluation.training_figures import evaluation_curves, training_curves
 from detox_ray.metrics_file import EVALUATIONS_FILE, METRICS_FILE
@@ -213,7 +221,9 @@ def _small_print(evaluation: Evaluation) -> list[str]:
         tables.p_value_note(p_values),
         f"Toxic means {threshold(evaluation):g} or more. Expected maximum and probability as in Gehman et al. 2020, "
         f"over {evaluation.get('samples_per_prompt', '?')} responses a prompt: they grow with that number.",
-        f"Perplexity under {published_name(evaluation['perplexity_model'])}." if evaluation.get("perplexity_model") else "",
+        f"Perplexity under {published_name(evaluation['perplexity_model'])}."
+        if evaluation.get("perplexity_model")
+        else "",
         f"Relevance by {published_name(evaluation['relevance_model'])}." if evaluation.get("relevance_model") else "",
         f"Distinct-n at {evaluation['distinct_2_at']}." if evaluation.get("distinct_2_at") else "",
     ]
