@@ -1,8 +1,8 @@
 """What a scoring worker does: the rows of one part in, the same rows with their toxicity in a Parquet file out."""
 
+import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,11 @@ class PartScorer:
         self._configs = classifiers
         self._classifiers: list[Classifier] = []
 
-    def __call__(self, batch: pa.Table) -> dict[str, Any]:
+    def __call__(self, batch: pa.Table) -> pa.Table:
         """`batch`: columns `part`, a number, and `rows`, the part's table as an Arrow stream.
 
         Returns:
-            Columns `part` and `rows`, the number of rows written.
+            Columns `part`, `rows`, the number of rows written, and `started` and `ended`, in seconds since the epoch.
 
         Raises:
             ConfigError, ModelError: a classifier cannot be loaded.
@@ -43,14 +43,16 @@ class PartScorer:
             DataError: a text is not UTF-8.
         """
         self._load()
-        written = []
+        done: dict[str, list[float]] = {"part": [], "rows": [], "started": [], "ended": []}
         for number, stream in zip(batch["part"].to_pylist(), batch["rows"], strict=True):
+            started = time.time()
             table = pa.ipc.open_stream(stream.as_buffer()).read_all()
             # A worker that outlived a killed command may have written it since the part was read.
             if not self._folder.part(number).exists():
                 self._folder.write_part(number, *self._score(table))
-            written.append(table.num_rows)
-        return {"part": batch["part"].to_numpy(), "rows": np.array(written)}
+            for key, value in zip(done, (number, table.num_rows, started, time.time()), strict=True):
+                done[key].append(value)
+        return pa.table(done)
 
     def _score(self, table: pa.Table) -> tuple[pa.Table, PartStatistics]:
         left_out: Counter[str] = Counter()

@@ -7,7 +7,7 @@ a time and write it to a file of its own. Parts whose file is there already are 
 import hashlib
 import json
 import logging
-import time
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +69,8 @@ def score_file(
 
     Returns:
         `{"rows", "left_out", "noted", "scorers": {name: {"scored", "mean_toxicity", "share_toxic"}}, "rows_per_s"}`,
-        where `rows_per_s` is of this call alone, and None when nothing was left to score.
+        where `rows_per_s` is of this call alone, from the start of the first part to the end of the last: without the
+        time to start Ray and to load the classifiers. It is None when nothing was left to score.
 
     Raises:
         ConfigError: the folder holds something else, a classifier does not fit, or there are too few CPUs.
@@ -88,9 +89,7 @@ def score_file(
         terminal.stage(f"{file.rows:,} rows{described(file.left_out)}{f', {done:,} scored before' if done else ''}")
         rows_per_s = None
         if done < file.rows:
-            started = time.monotonic()
-            _score_parts(job, workers, ray, terminal)
-            rows_per_s = (file.rows - done) / (time.monotonic() - started)
+            rows_per_s = _score_parts(job, workers, ray, terminal)
         summary = summarize(folder.finished())
         summary["left_out"] = file.left_out | summary["left_out"]
         write_atomically(folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
@@ -136,8 +135,12 @@ class _Job:
         return {"format": FORMAT, "file": digest, "text column": self.text_column, "scorers": scorers}
 
 
-def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Terminal) -> None:
-    """Score the parts that are not there yet, and show how far it is; begin again when a worker dies."""
+def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Terminal) -> float:
+    """Score the parts that are not there yet, and show how far it is; begin again when a worker dies.
+
+    Returns:
+        Rows a second, since the last beginning.
+    """
     logs = job.folder.path / ".ray-logs"
     with ray_session(config, partial(_check_room, workers or 1, job.gpus), logs):
         import ray
@@ -146,12 +149,17 @@ def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Te
         workers = workers or _room(job.gpus, ray.cluster_resources())
         terminal.stage(f"scoring with {', '.join(c.name for c in job.classifiers)} on {workers} workers")
         with terminal.bar("scoring", job.file.rows) as progress:
-            for deaths in range(1, WORKER_DEATHS + 1):
+            deaths = 0
+            while True:
                 try:
                     return _run_dataset(job, workers, progress)
                 except RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, DetoxError) else error) from None
+                    if not isinstance(error.cause, DetoxError):
+                        raise
+                    # Ours are one line; Ray appends what it has to say about retries.
+                    raise type(error.cause)(str(error.cause).partition("\n")[0]) from None
                 except RayActorError as error:
+                    deaths += 1
                     if deaths == WORKER_DEATHS:
                         raise RewardError(
                             f"{deaths} scoring workers died: {str(error).strip().splitlines()[-1]} With fewer workers "
@@ -159,8 +167,12 @@ def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Te
                         ) from None
 
 
-def _run_dataset(job: _Job, workers: int, progress: Callable[[float], None]) -> None:
-    """Read and score on Ray Data until every part is there; raises what Ray raises."""
+def _run_dataset(job: _Job, workers: int, progress: Callable[[float], None]) -> float:
+    """Read and score on Ray Data until every part is there; raises what Ray raises.
+
+    Returns:
+        Rows a second, from the start of the first part to the end of the last.
+    """
     import ray
     from ray.data import DataContext, ExecutionResources
     from ray.util.annotations import RayDeprecationWarning
@@ -195,9 +207,12 @@ def _run_dataset(job: _Job, workers: int, progress: Callable[[float], None]) -> 
             )
         )
         progress(done)
+        rows, started, ended = 0, math.inf, 0.0
         for part in scored.iter_rows():
-            done += part["rows"]
-            progress(done)
+            rows += part["rows"]
+            started, ended = min(started, part["started"]), max(ended, part["ended"])
+            progress(done + rows)
+    return rows / (ended - started)
 
 
 def _read_parts(batch: dict[str, np.ndarray], file: FileSurvey, finished: set[int]) -> Iterator[pa.Table]:

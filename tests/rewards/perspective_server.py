@@ -27,10 +27,16 @@ def published_error(code: int, message: str, error_type: str | None = None, **mo
     return {"error": error}
 
 
+class _HTTPServer(ThreadingHTTPServer):
+    # With the standard five, connections made at once wait a second for the kernel to try again.
+    request_queue_size = 128
+
+
 class PerspectiveServer:
     """Answers at `address` until `stop`; the lists and counters may be read at any time."""
 
-    def __init__(self, port: int = 0, delay_s: float = 0.0) -> None:
+    def __init__(self, port: int = 0, delay_s: float = 0.0, key: str | None = KEY) -> None:
+        self.key = key
         self.delay_s = delay_s
         self.received: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
@@ -46,7 +52,7 @@ class PerspectiveServer:
         self._dead = False
         self._at_once = 0
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._http = _HTTPServer(("127.0.0.1", port), self._handler())
         self.port = self._http.server_address[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
@@ -80,7 +86,7 @@ class PerspectiveServer:
     def _judge(self, url: Any, body: dict[str, Any], text: str) -> tuple[int, Any]:
         if url.path != "/v1alpha1/comments:analyze":
             return 404, published_error(404, "Not found")
-        if parse_qs(url.query).get("key") != [KEY]:
+        if parse_qs(url.query).get("key", [None]) != [self.key]:
             return 400, published_error(400, "API key not valid. Please pass a valid API key.")
         if not text:
             return 400, published_error(400, "Comment must be non-empty.", "COMMENT_EMPTY")

@@ -230,6 +230,24 @@ def test_a_replica_that_cannot_start(tiny_classifier: Path, tmp_path: Path, loca
     assert "never" not in serve.status().applications
 
 
+def test_a_perspective_member_over_two_replicas(deploy: Callable, tmp_path: Path) -> None:
+    from perspective_server import PerspectiveServer, score
+
+    server = PerspectiveServer(key=None)
+    settings = {"address": server.address, "api_key_env": None, "requests_per_second": 100, "cache": f"{tmp_path}/c"}
+    member = {"name": "api", "kind": "perspective", "perspective": settings, "replicas": 2, "batch_size": 1}
+    client = deploy(RewardConfig(classifiers=[ClassifierConfig(**member, output="probability", calibration="none")]))
+    texts = ["you fool", "have a nice day", "you fool", "what a fine day"]
+    try:
+        scores = client.score(texts)
+        assert [s.reward for s in scores] == pytest.approx([1 - score(text, "TOXICITY") for text in texts], abs=1e-6)
+        with pytest.raises(RewardError, match=r"'api' failed .* 1 of 2 texts were refused \(1 COMMENT_EMPTY\)"):
+            client.score([*texts, ""])
+        assert server.received == dict.fromkeys(texts, 1)
+    finally:
+        server.stop()
+
+
 def test_an_app_that_is_not_running() -> None:
     config = RewardConfig(classifiers=[linear("rude_words")])
     with pytest.raises(RewardError, match="'absent' is not running"):
