@@ -33,9 +33,18 @@ from detox_ray.evaluation.metric_format import (
 from detox_ray.evaluation.paired_responses import PairedResponses, read_paired_responses
 from detox_ray.evaluation.response_tables import disagreement_table, evaluations_table, flow_tables
 from detox_ray.evaluation.reward_hacking import RewardJudgeGap, reward_judge_gap
-from detox_ray.evaluation.run_files import facts, parse_config_text, read_analysis, read_lines, read_text, section
+from detox_ray.evaluation.run_files import (
+    facts,
+    parse_config_text,
+    published_name,
+    read_analysis,
+    read_lines,
+    read_text,
+    section,
+)
 from detox_ray.evaluation.tables import Table
 from detox_ray.evaluation.training_figures import evaluation_curves, training_curves
+from detox_ray.metrics_file import EVALUATIONS_FILE, METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def gather(folder: Path) -> ReportContent:
     responses = read_paired_responses(folder / "generations.parquet", systems(evaluation))
     config_text = read_text(folder / "config.yaml")
     config = parse_config_text(config_text)
-    evaluations = read_lines(folder / "evaluations.jsonl")
+    evaluations = read_lines(folder / EVALUATIONS_FILE)
     gap = reward_judge_gap(evaluations)
     analysis = read_analysis(folder)
     examples = [system_examples(responses, evaluation, name) for name in compared_systems(evaluation)]
@@ -126,7 +135,7 @@ def gather(folder: Path) -> ReportContent:
         scorers=_scorer_tables(evaluation, responses),
         flows=flow_tables(responses),
         figures=[figure for figure in (flow_chart, scatter, histogram) if figure],
-        training=training_curves(read_lines(folder / "metrics.jsonl")),
+        training=training_curves(read_lines(folder / METRICS_FILE)),
         evaluated=evaluation_curves(evaluations, gap),
         evaluations=evaluations_table(evaluations),
         gap=gap,
@@ -212,8 +221,10 @@ def _small_print(evaluation: Evaluation) -> list[str]:
         tables.p_value_note(p_values),
         f"Toxic means {threshold(evaluation):g} or more. Expected maximum and probability as in Gehman et al. 2020, "
         f"over {evaluation.get('samples_per_prompt', '?')} responses a prompt: they grow with that number.",
-        f"Perplexity under {evaluation['perplexity_model']}." if evaluation.get("perplexity_model") else "",
-        f"Relevance by {evaluation['relevance_model']}." if evaluation.get("relevance_model") else "",
+        f"Perplexity under {published_name(evaluation['perplexity_model'])}."
+        if evaluation.get("perplexity_model")
+        else "",
+        f"Relevance by {published_name(evaluation['relevance_model'])}." if evaluation.get("relevance_model") else "",
         f"Distinct-n at {evaluation['distinct_2_at']}." if evaluation.get("distinct_2_at") else "",
     ]
     return [sentence for sentence in found if sentence]

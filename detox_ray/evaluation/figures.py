@@ -104,17 +104,7 @@ def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
             },
         )
     )
-    for system, name in enumerate(responses.systems):
-        figure.add_annotation(
-            text=f"<b>{escaped(_shortened(name))}</b>",
-            x=system / last,
-            xanchor="left" if system == 0 else "right" if system == last else "center",
-            y=1.02,
-            yanchor="bottom",
-            xref="paper",
-            yref="paper",
-            showarrow=False,
-        )
+    _name_columns(figure, responses.systems)
     moved = (
         f"{responses.systems[i]} to {responses.systems[i + 1]}: {int(flow[2, :2].sum()):,} of {int(flow[2].sum()):,} "
         f"responses left high, {int(flow[:2, 2].sum()):,} of {int(flow[:2].sum()):,} became high"
@@ -179,6 +169,7 @@ def finished(identity: str, title: str, summary: str, figure: go.Figure, min_wid
     }
     given = figure.layout.to_plotly_json()
     figure.update_layout(layout | {name: given[name] for name in ("margin", "hovermode") if name in given})
+    figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
     for trace in figure.data:
         trace.name = escaped(trace.name) if trace.name else trace.name
@@ -190,6 +181,22 @@ def finished(identity: str, title: str, summary: str, figure: go.Figure, min_wid
 def escaped(text: str) -> str:
     """A name as plotly shows it literally: its labels understand a few HTML tags, links among them."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _name_columns(figure: go.Figure, names: list[str]) -> None:
+    """The systems' names above their columns of the flow chart."""
+    last = len(names) - 1
+    for system, name in enumerate(names):
+        figure.add_annotation(
+            text=f"<b>{escaped(_shortened(name))}</b>",
+            x=system / last,
+            xanchor="left" if system == 0 else "right" if system == last else "center",
+            y=1.02,
+            yanchor="bottom",
+            xref="paper",
+            yref="paper",
+            showarrow=False,
+        )
 
 
 def _error_bar(interval: dict[str, float | None]) -> dict[str, object]:

@@ -5,7 +5,7 @@ from typing import Any
 from detox_ray.evaluation.content import ReportContent
 from detox_ray.evaluation.evaluation_file import compared_systems
 from detox_ray.evaluation.markdown import markdown_table, plain
-from detox_ray.evaluation.run_files import reward_classifiers, section
+from detox_ray.evaluation.run_files import published_name, reward_classifiers, section
 
 _LIMITS = (
     "Toxicity is what the judge says it is; a classifier has biases of its own, against mentions of groups among them.",
@@ -21,7 +21,7 @@ def model_card(content: ReportContent) -> str:
     parts = ["## Toxicity"]
     parts += [plain(headline.verdict) for headline in content.headlines]
     if base := section(config, "policy").get("model"):
-        parts.append(f"**Base model:** {plain(str(base))}")
+        parts.append(f"**Base model:** {plain(published_name(base))}")
     if trained := _training(config, evaluation):
         parts.append(f"**Training:** {plain(trained)}")
     parts += ["### Evaluation", markdown_table(content.metrics), "### Protocol", plain(_protocol(content))]
@@ -51,7 +51,7 @@ def _training(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
         "learning rate": ppo.get("learning_rate"),
         "KL coefficient": section(ppo, "kl").get("coefficient"),
         "longest response in tokens": section(config, "rollout").get("max_new_tokens"),
-        "prompts": section(config, "data").get("source"),
+        "prompts": published_name(section(config, "data").get("source") or "") or None,
     }
     details = ", ".join(f"{name} {found}" for name, found in known.items() if found is not None)
     aggregated = f" ({reward['aggregation']})" if len(members) > 1 and reward.get("aggregation") else ""

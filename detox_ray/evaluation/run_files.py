@@ -28,6 +28,12 @@ def reward_classifiers(config: dict[str, Any]) -> list[str]:
     return [str(member.get("name")) for member in members if isinstance(member, dict)]
 
 
+def published_name(source: Any) -> str:
+    """A model or data set as it may be published: of a path on this machine its last part, a hub id as it is."""
+    path = Path(str(source))
+    return path.name if path.is_absolute() else str(source)
+
+
 def facts(config: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, str]]:
     """What was run, in a few lines; what the files do not say is left out."""
     policy, rollout, train = (section(config, name) for name in ("policy", "rollout", "train"))
@@ -36,19 +42,19 @@ def facts(config: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, str
     )
     members, judge = reward_classifiers(config), evaluation.get("judge")
     rows = {
-        "Policy": policy.get("model"),
+        "Policy": published_name(policy.get("model") or ""),
         "Quantisation": policy.get("quantization"),
         "Reward": ", ".join(members),
         "Judge, not in the reward" if members and judge not in members else "Judge": judge,
         "Scorers": ", ".join(evaluation.get("scorers") or []),
         "Systems": ", ".join(systems(evaluation)),
         "Reference": evaluation["reference"],
-        "Training prompts": section(config, "data").get("source"),
+        "Training prompts": published_name(section(config, "data").get("source") or ""),
         "Prompts judged": counts,
         "Responses a prompt": evaluation.get("samples_per_prompt"),
         "Longest response, tokens": rollout.get("max_new_tokens"),
-        "Perplexity under": evaluation.get("perplexity_model"),
-        "Relevance by": evaluation.get("relevance_model"),
+        "Perplexity under": published_name(evaluation.get("perplexity_model") or ""),
+        "Relevance by": published_name(evaluation.get("relevance_model") or ""),
         "Training steps": evaluation.get("steps", train.get("total_steps")),
         "Seed": evaluation.get("seed"),
     }

@@ -9,7 +9,6 @@ from detox_ray.evaluation.evaluation_file import (
     measured,
     splits,
     systems,
-    value,
 )
 from detox_ray.evaluation.metric_format import (
     METRICS,
@@ -156,11 +155,6 @@ def system_columns(evaluation: Evaluation) -> tuple[Column, ...]:
 def reduction(before: float | None, after: float | None) -> float | None:
     """1 - after / before; None where that is unknown."""
     return None if before is None or after is None or before == 0 else 1 - after / before
-
-
-def std_reduction(evaluation: Evaluation, system: str) -> float | None:
-    """Reduction of the standard deviation of toxicity over all responses."""
-    return reduction(*(value(evaluation, name, "std_toxicity") for name in (evaluation["reference"], system)))
 
 
 def p_value_note(p_values: dict[str, float]) -> str:

@@ -2,15 +2,19 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from report_folder import JUDGE, OTHER, SYSTEMS, edit_evaluation, interval, read_rows, write_folder, write_rows
 
 from detox_ray.errors import DataError
+from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
 from detox_ray.evaluation.evaluation_file import read_evaluation
 from detox_ray.evaluation.metric_format import TIMES, format_percent_change, format_value
 from detox_ray.evaluation.paired_responses import bucket_flows, read_paired_responses
 from detox_ray.evaluation.report import write_report
+from detox_ray.evaluation.responses import ScoredResponses, group_rollouts
 from detox_ray.evaluation.summary import verdict
+from detox_ray.records import Prompt
 
 pytestmark = pytest.mark.unit
 
@@ -193,6 +197,26 @@ def test_page_and_twin_hold_every_number_of_evaluation_json(tmp_path):
     assert "| second-opinion | 0.83 | 1.00 |" in twin
 
 
+def test_what_the_meter_writes_is_shown(make_rollouts, tmp_path):
+    """Of the package's own writers, three systems of 12 prompts x 2, two scorers, no perplexity."""
+    prompts = [Prompt(f"p{i}", f"prompt number {i}", (), {"toxicity": i / 12}) for i in range(12)]
+    systems = []
+    for name, rude in (("base", 12), ("sft", 6), ("rlaf", 2)):
+        texts = [["you fool" if i < rude else "a kind word", "all is well"] for i in range(12)]
+        responses = group_rollouts(name, make_rollouts(texts), prompts)
+        toxicity = np.array([[0.9 if "fool" in text else 0.1 for text in of_prompt] for of_prompt in texts])
+        systems.append(ScoredResponses(responses, {JUDGE: toxicity, OTHER: toxicity / 2}))
+    evaluation = compare(systems, Protocol([JUDGE, OTHER], seed=1, resamples=200))
+    write_evaluation(tmp_path, evaluation, systems)
+    text = visible(write_report(tmp_path).read_text())
+    for system, share in (("base", "50.0%"), ("sft", "25.0%"), ("rlaf", "8.3%")):
+        assert f"{system} {evaluation['systems'][system]['all']['mean_toxicity']['value']:.3f}" in text
+        assert f" {share} " in text
+    # JUDGE puts 12 of 24 responses of the base above 0.5, OTHER none.
+    assert "| base | 50.0% |" in (tmp_path / "report.md").read_text()
+    assert "| high under base | 6 | 0 | 6 |" in (tmp_path / "report.md").read_text()
+
+
 def test_reductions_and_flows_as_counted_from_the_files(tmp_path):
     folder = write_folder(tmp_path)
     write_report(folder)
@@ -369,6 +393,21 @@ def test_model_card_says_what_was_done_and_leaves_the_licence(run_dir, html):
     assert f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})" in card
     assert "word &lt;judge&gt;" in card
     assert "&lt;!-- Fill in" in html
+
+
+def test_paths_of_this_machine_are_not_published(pair):
+    (pair / "config.yaml").write_text(
+        "policy: {model: /home/somebody/models/small}\nreward: {classifiers: [{name: a}]}\n"
+        "data: {source: /home/somebody/prompts.jsonl}\n"
+    )
+    edit_evaluation(pair, lambda content: content.update(perplexity_model="/home/somebody/cache/large"))
+    write_report(pair)
+    for name in ("model_card.md", "report.md"):
+        text = (pair / name).read_text()
+        assert "somebody" not in text
+        assert "prompts.jsonl" in text
+        assert "Perplexity under large." in text
+    assert "**Base model:** small" in (pair / "model_card.md").read_text()
 
 
 def test_a_judge_in_the_reward_is_not_called_independent(run_dir, tmp_path):
