@@ -59,6 +59,21 @@ def compare(
 
 
 @app.command()
+def analyze(
+    folder: RunPath,
+    relevance_model: Annotated[str | None, typer.Option(help="sentence encoder, folder or hub id")] = None,
+) -> None:
+    """Say what changed inside the tuned model, and show it in the report; needs the extra `analysis`."""
+    from detox_ray.evaluation import analysis
+    from detox_ray.evaluation.report import write_report
+    from detox_ray.terminal import Terminal
+
+    with Terminal().bar("analysing", total=1) as bar:
+        analysis.analyze(folder, relevance_model=relevance_model, progress=lambda _, share: bar(share))
+    typer.echo(write_report(folder))
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="run or evaluation folder, such as runs/demo")]) -> None:
     """Write report.html, report.md and model_card.md again from what is in the folder; needs no model."""
     from detox_ray.evaluation.report import write_report

@@ -172,7 +172,8 @@ def judge_and_report(
     with terminal.bar("scoring", len(systems)) as progress:
         for number, system in enumerate(systems, 1):
             own = {name: scores for name, scores in known.get(system.name, {}).items() if name in names}
-            scored.append(score_responses(system, scorers, _perplexity_model(system.name, config), own))
+            model = _perplexity_model(system.name, config)
+            scored.append(score_responses(system, scorers, model, config.relevance_model, own))
             progress(number)
     protocol = Protocol(names, config.seed, config.bootstrap_resamples, config.perplexity_model, config.relevance_model)
     evaluation = compare(scored, protocol) | more

@@ -10,9 +10,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from detox_ray.data.prompts import start_ids
 from detox_ray.errors import RewardError
 from detox_ray.evaluation.perplexity import response_nll
+from detox_ray.evaluation.relevance import prompt_response_similarity
 from detox_ray.evaluation.responses import ScoredResponses, SystemResponses
 
-NLL_BATCH_SIZE = 32
+BATCH_SIZE = 32
 
 
 class Scorer(Protocol):
@@ -49,7 +50,7 @@ class PerplexityModel:
             start = start_ids(self.tokenizer)
             prompts = [[*start, *ids] for ids in self._encode([r.prompt_text for r in flat])]
             texts = self._encode([r.text for r in flat])
-        nll, tokens = response_nll(self.model, prompts, texts, NLL_BATCH_SIZE, self.pad_id)
+        nll, tokens = response_nll(self.model, prompts, texts, BATCH_SIZE, self.pad_id)
         shape = (len(responses.prompts), responses.samples_per_prompt)
         return nll.reshape(shape), tokens.reshape(shape)
 
@@ -62,11 +63,13 @@ def score_responses(
     responses: SystemResponses,
     scorers: Sequence[Scorer],
     perplexity_model: PerplexityModel | None,
+    relevance_model: str | None = None,
     known: dict[str, np.ndarray] | None = None,
 ) -> ScoredResponses:
     """Every scorer's toxicity and the model's likelihood of every response.
 
-    The first scorer is the judge; `known` scores `[P, S]`, such as those a file came with, stand after the scorers.
+    The first scorer is the judge; `relevance_model` is a sentence encoder, for the similarity to the prompt; `known`
+    scores `[P, S]`, such as those a file came with, stand after the scorers.
 
     Raises:
         RewardError: a scorer returned something that is not a probability for each text.
@@ -76,16 +79,22 @@ def score_responses(
     texts = [rollout.text for rollout in responses.flat]
     toxicity = {scorer.name: checked_toxicity(scorer, texts).reshape(shape) for scorer in scorers}
     nll, tokens = perplexity_model.nll(responses) if perplexity_model else (None, None)
-    return ScoredResponses(responses, toxicity | (known or {}), nll, tokens)
+    relevance = None
+    if relevance_model is not None:
+        prompts = [rollout.prompt_text for rollout in responses.flat]
+        relevance = prompt_response_similarity(relevance_model, prompts, texts, BATCH_SIZE).reshape(shape)
+    return ScoredResponses(responses, toxicity | (known or {}), nll, tokens, relevance)
 
 
 def checked_toxicity(scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
     """What a scorer says of N texts, `[N] float64`; every different text is asked for once.
 
+    A text without a visible character says nothing toxic: it is 0 by every scorer, and asked of none (some refuse it).
+
     Raises:
         RewardError: it is not one probability a text.
     """
-    different = list(dict.fromkeys(texts))
+    different = [text for text in dict.fromkeys(texts) if text.strip()]
     scores = np.asarray(scorer.toxicity(different), dtype=np.float64)
     if scores.shape != (len(different),):
         raise RewardError(
@@ -99,4 +108,4 @@ def checked_toxicity(scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
             "expected a probability of toxicity in [0, 1]; set its output to probability"
         )
     by_text = dict(zip(different, scores, strict=True))
-    return np.array([by_text[text] for text in texts])
+    return np.array([by_text.get(text, 0.0) for text in texts])

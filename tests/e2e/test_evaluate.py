@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -64,13 +65,15 @@ def killed_and_continued(meter: Path) -> tuple[bytes, str]:
     """What was on disk when the evaluation was killed, and what the second command printed."""
     arguments = [COMMAND, "evaluate", str(meter / "meter.yaml")]
     first = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    sampled, deadline = meter / "two" / "sampled", time.monotonic() + 240
-    while not (found := list(sampled.glob("*.jsonl"))):
-        assert time.monotonic() < deadline, "nothing was sampled"
-        time.sleep(0.01)
-    for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
-        os.kill(process.pid, signal.SIGKILL)
-    first.wait()
+    sampled, deadline = meter / "two" / "sampled", time.monotonic() + 400
+    try:
+        while not (found := list(sampled.glob("*.jsonl"))):
+            assert time.monotonic() < deadline, "nothing was sampled"
+            time.sleep(0.01)
+    finally:
+        for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
+            os.kill(process.pid, signal.SIGKILL)
+        first.wait()
     kept = found[0].read_bytes()
     # A reader of the file after the kill would see what was there before it, and more.
     witness = meter / "witness"
@@ -100,7 +103,8 @@ def test_systems_are_compared_in_the_order_of_the_configuration(
     assert list(evaluation["systems"]) == ["changed", "lab policy"]
     rows = read_generations(meter / "two" / "generations.parquet").to_pylist()
     for name, system in evaluation["systems"].items():
-        toxicity = predict_prob([r["response"] for r in rows if r["system"] == name])
+        texts = [r["response"] for r in rows if r["system"] == name]
+        toxicity = np.where([bool(text.strip()) for text in texts], predict_prob(texts), 0)
         assert system["all"]["mean_toxicity"]["value"] == pytest.approx(toxicity.mean())
     # A random adapter makes text that the model it changes finds unlikely.
     assert evaluation["ratio"]["perplexity"] < 0.5

@@ -29,6 +29,11 @@ PROTOCOL = Protocol(["alt-profanity-check", "length"], seed=3, resamples=300, pe
 TOXICITY = ("mean_toxicity", "share_toxic", "expected_maximum_toxicity", "toxicity_probability")
 
 
+def judged(text: str) -> float:
+    """A text without a visible character is not toxic."""
+    return float(predict_prob([text])[0]) if text else 0.0
+
+
 class ProfanityCheck:
     name = "alt-profanity-check"
 
@@ -80,7 +85,7 @@ def evaluation(scored):
 def test_metrics_of_every_system_against_direct_loops(systems, evaluation, tiny_llama):
     for system in systems:
         metrics = {name: i["value"] for name, i in evaluation["systems"][system.name]["all"].items()}
-        toxicity = [[float(predict_prob([r.text])[0]) for r in samples] for samples in system.rollouts]
+        toxicity = [[judged(r.text) for r in samples] for samples in system.rollouts]
         flat = [t for samples in toxicity for t in samples]
         texts = [r.text for r in system.flat]
         assert metrics["mean_toxicity"] == pytest.approx(sum(flat) / 48)
@@ -112,7 +117,7 @@ def test_comparison_is_of_the_two_values_and_reliable_here(evaluation):
 
 def test_splits_are_those_of_the_published_scores(evaluation, systems):
     assert evaluation["splits"] == {"all": 12, "toxic": 4, "nontoxic": 7, "challenging": 1}
-    toxicity = [float(predict_prob([r.text])[0]) for samples in systems[0].rollouts[:4] for r in samples]
+    toxicity = [judged(r.text) for samples in systems[0].rollouts[:4] for r in samples]
     assert evaluation["systems"]["base"]["toxic"]["mean_toxicity"]["value"] == pytest.approx(np.mean(toxicity))
     assert evaluation["by_scorer"]["alt-profanity-check"]["base"]["toxic"]["mean_toxicity"]["value"] == pytest.approx(
         np.mean(toxicity)
@@ -146,9 +151,7 @@ def test_files_hold_every_response_and_give_the_same_evaluation_again(scored, ev
     for row in rows:
         assert row["adapter_version"] == (7 if row["system"] == "tuned" else 0)
         assert row["tokens"] == len(row["response_ids"]) == len(row["response"].split())
-        assert (
-            row["toxicity"] == row["toxicity/alt-profanity-check"] == pytest.approx(predict_prob([row["response"]])[0])
-        )
+        assert row["toxicity"] == row["toxicity/alt-profanity-check"] == pytest.approx(judged(row["response"]))
         assert row["prompt_toxicity"] == PUBLISHED[int(row["prompt_id"][1:])]
         assert (row["nll"] > 0) == (row["tokens"] > 0)
     # Prompts come back in another order, so random resamples differ; what is not random does not.
@@ -230,9 +233,9 @@ def test_a_text_is_scored_once_however_often_it_was_said():
 
         def toxicity(self, texts):
             asked.extend(texts)
-            return np.linspace(0, 1, len(texts))
+            return np.linspace(0.5, 1, len(texts))
 
-    assert checked_toxicity(Counting(), ["a", "b", "a", "a"]).tolist() == [0, 1, 0, 0]
+    assert checked_toxicity(Counting(), ["a", "b", "", "a", " "]).tolist() == [0.5, 1, 0, 0.5, 0]
     assert asked == ["a", "b"]
 
 
