@@ -22,7 +22,6 @@ import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -68,15 +67,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a sequence classifier (default: the lab's)")
     parser.add_argument("--label", help="its label that means toxic (default: rude, of the lab's)")
     parser.add_argument("--data", help="RealToxicityPrompts file: prompt and continuation (default: the lab's prompts)")
-    parser.add_argument("--texts", type=int, default=4000, help="texts a round (4000)")
+    parser.add_argument("--texts", type=int, default=8000, help="texts a round (8000)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each asks every system once (5)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, psutil.cpu_count() or 1], help="of score_file")
     parser.add_argument("--memory", action="store_true", help="measure memory from 10k to 1M rows instead")
-    parser.add_argument("--quick", action="store_true", help="600 texts, 1 round; 1k and 10k rows: does it work?")
+    parser.add_argument("--quick", action="store_true", help="1,200 texts, 1 round; 1k and 10k rows: does it work?")
     parser.add_argument("--out", type=Path, help="the JSON file (runs/benchmarks/score.json or score_memory.json)")
     options = parser.parse_args()
     if options.quick:
-        options.texts, options.rounds = 600, 1
+        options.texts, options.rounds = 1200, 1
     options.out = options.out or Path(f"runs/benchmarks/score{'_memory' if options.memory else ''}.json")
     return options
 
@@ -182,19 +181,17 @@ def _serve_pipeline(model: str, texts: list[str], label: str, connection: Connec
     logging.disable_progress_bar()
     classify: Any = pipeline("text-classification", model=model, device="cpu")
 
-    def generator() -> Iterator[str]:
-        yield from texts
-
-    def scores() -> np.ndarray:
-        answers = classify(generator(), batch_size=PIPELINE_BATCH_SIZE, truncation=True, max_length=256)
+    def scores(number: int) -> np.ndarray:
+        generator = (text for text in texts[:number])
+        answers = classify(generator, batch_size=PIPELINE_BATCH_SIZE, truncation=True, max_length=256)
         # Of two labels the pipeline returns the likelier one.
         return np.array([a["score"] if a["label"] == label else 1 - a["score"] for a in answers])
 
-    list(classify(iter(texts[:PIPELINE_BATCH_SIZE]), batch_size=PIPELINE_BATCH_SIZE))
+    scores(PIPELINE_BATCH_SIZE)
     connection.send("ready")
     while connection.recv() is not None:
         started = time.perf_counter()
-        values = scores()
+        values = scores(len(texts))
         connection.send((time.perf_counter() - started, values))
 
 
