@@ -3,7 +3,6 @@
 import fcntl
 import json
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,35 +97,9 @@ class ScoredFolder:
         for key, value in job.items():
             if found.get(key) != value:
                 raise ConfigError(
-                    f"output {self.path} holds the scores of another {key}: {_short(found.get(key))}, "
+                    f"output {self.path} is of another scoring: its {key} is {_short(found.get(key))}, "
                     f"not {_short(value)}; choose another folder, or remove it"
                 )
-
-
-def summarize(parts: dict[int, PartStatistics]) -> dict[str, Any]:
-    """Rows, what was left out and noted, and by scorer the mean toxicity and the share >= 0.5 of what was scored."""
-    left_out: Counter[str] = Counter()
-    noted: Counter[str] = Counter()
-    totals: dict[str, tuple[int, float, int]] = {}
-    for statistics in parts.values():
-        left_out.update(statistics.left_out)
-        noted.update(statistics.noted)
-        for name, (count, total, toxic) in statistics.toxicity.items():
-            before = totals.get(name, (0, 0.0, 0))
-            totals[name] = (before[0] + count, before[1] + total, before[2] + toxic)
-    return {
-        "rows": sum(statistics.rows for statistics in parts.values()),
-        "left_out": dict(left_out),
-        "noted": dict(noted),
-        "scorers": {
-            name: {
-                "scored": count,
-                "mean_toxicity": total / count if count else None,
-                "share_toxic": toxic / count if count else None,
-            }
-            for name, (count, total, toxic) in totals.items()
-        },
-    }
 
 
 def _short(value: Any) -> str:

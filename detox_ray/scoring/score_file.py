@@ -25,17 +25,19 @@ from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError
 from detox_ray.metrics_file import write_atomically
 from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.run_folder import CLASSIFIER_PLACEMENT
-from detox_ray.scoring.folder import SUMMARY_FILE, ScoredFolder, summarize
+from detox_ray.scoring.folder import SUMMARY_FILE, ScoredFolder
 from detox_ray.scoring.part_scorer import DISAGREEMENT, SCORE_PREFIX, PartScorer
+from detox_ray.scoring.summary import summarize, summary_table
 from detox_ray.terminal import Terminal
 
 FORMAT = 1
 # A part is so many chunks of rows, and fewer when they are long: what a worker holds at a time, and what a kill costs.
-CHUNK_ROWS = 256
-MAX_PART_CHUNKS = 16
+# Texts of similar length are scored together within a part: 256 rows cost a tenth of the speed of 1,024.
+CHUNK_ROWS = 512
+MAX_PART_CHUNKS = 8
 PART_BYTES = 32 * 2**20
 # Parts of a small file: enough of them that the last ones keep all workers busy.
-PARTS_WANTED = 64
+PARTS_WANTED = 32
 # What may wait between the reader and the workers, in the object store.
 QUEUE_BYTES = 128 * 2**20
 WORKER_CPUS = 1
@@ -94,6 +96,8 @@ def score_file(
         summary["left_out"] = file.left_out | summary["left_out"]
         write_atomically(folder.path / SUMMARY_FILE, json.dumps(summary, indent=2))
     summary["rows_per_s"] = rows_per_s
+    terminal.console.print(summary_table(summary))
+    terminal.stage(f"scores: {folder.path}")
     return summary
 
 
@@ -132,7 +136,7 @@ class _Job:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         scorers = [c.model_dump(mode="json", exclude=set(CLASSIFIER_PLACEMENT)) for c in self.classifiers]
-        return {"format": FORMAT, "file": digest, "text column": self.text_column, "scorers": scorers}
+        return {"format": FORMAT, "file sha256": digest, "text column": self.text_column, "scorers": scorers}
 
 
 def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Terminal) -> float:

@@ -144,7 +144,7 @@ def test_a_finished_scoring_is_not_repeated_and_another_is_refused(scored: Any) 
     other = run(**arguments, classifiers=[LINEAR])
     assert other.returncode == 1
     assert other.stderr.startswith("ConfigError:")
-    assert "holds the scores of another scorers" in other.stderr
+    assert "is of another scoring: its scorers is" in other.stderr
     assert time.monotonic() - started < 60
 
 
