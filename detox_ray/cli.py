@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from detox_ray.config import dump_config, load_config
-from detox_ray.errors import DetoxError
+from detox_ray.errors import ConfigError, DetoxError
+from detox_ray.meter_config import load_scorers
 
 app = typer.Typer(
     help="Make a language model less toxic, and prove it.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -19,8 +20,11 @@ app = typer.Typer(
 lab = typer.Typer(help="The offline lab: a small world without downloads.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
 
+TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/laptop.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as ppo.learning_rate=1e-4")]
+ScorersPath = Annotated[Path, typer.Option(help="YAML file of a run or an evaluation, whose scorers are used")]
 RunPath = Annotated[Path, typer.Argument(help="run folder, such as runs/demo")]
 
 
@@ -83,16 +87,61 @@ def report(folder: Annotated[Path, typer.Argument(help="run or evaluation folder
 
 @app.command()
 def score(
-    texts: Annotated[list[str], typer.Argument(help="texts, or - for one a line from standard input")],
-    config: Annotated[Path, typer.Option(help="whose classifiers and judge to use")] = Path("configs/laptop.yaml"),
+    texts: Annotated[
+        list[str], typer.Argument(help="texts; - for one a line of standard input; with --output a file")
+    ],
+    config: ScorersPath = Path("configs/laptop.yaml"),
+    output: Annotated[Path | None, typer.Option(help="score the file named instead of texts into this folder")] = None,
+    text_column: Annotated[str, typer.Option(help="of the file")] = "text",
+    workers: Annotated[int | None, typer.Option(help="processes that score the file; none: one a CPU")] = None,
 ) -> None:
-    """Print the toxicity of texts, a JSON object a line."""
-    settings = load_config(config)
-    from detox_ray import loop
+    """Print the toxicity of texts, a JSON object a line; or score a big file on Ray Data, which a kill only delays."""
+    found = load_scorers(config)
+    from detox_ray.data.lab import resolve_lab
+
+    scorers = resolve_lab(found).scorers
+    if output is not None:
+        from detox_ray.scoring.score_file import score_file
+
+        if len(texts) != 1:
+            raise ConfigError(f"{len(texts)} files for one --output: give one")
+        score_file(texts[0], output, scorers, text_column, workers)
+        return
+    if len(texts) == 1 and Path(texts[0]).suffix in TABLE_SUFFIXES and Path(texts[0]).is_file():
+        raise ConfigError(f"{texts[0]} is a file: say where its scores go with --output FOLDER")
+    from detox_ray.rewards.classifiers import score_texts
 
     lines = [line.rstrip("\n") for line in sys.stdin] if texts == ["-"] else texts
-    for line in loop.score(settings, lines):
+    for line in score_texts(scorers, lines):
         typer.echo(json.dumps({name: round(value, 4) for name, value in line.items()}))
+
+
+@app.command()
+def audit(
+    cases: Annotated[Path, typer.Argument(help="labelled cases: HateCheck's CSV, or any CSV, JSONL or Parquet file")],
+    config: ScorersPath = Path("configs/laptop.yaml"),
+    output: Annotated[Path, typer.Option(help="folder of the audit")] = Path("runs/audit"),
+    text_column: Annotated[str | None, typer.Option(help="with the text; none: HateCheck's")] = None,
+    label_column: Annotated[str | None, typer.Option(help="with the label")] = None,
+    group_column: Annotated[str | None, typer.Option(help="with the group that the text is about")] = None,
+    generations: Annotated[Path | None, typer.Option(help="generations.parquet whose prompts name groups")] = None,
+) -> None:
+    """Audit scorers for bias: how often they are wrong, by group, and whether naming a group is enough."""
+    from detox_ray.data.cases import CaseColumns
+    from detox_ray.data.lab import resolve_lab
+    from detox_ray.evaluation.audit import run_audit
+    from detox_ray.evaluation.audit_report import audit_table
+    from detox_ray.terminal import Terminal
+
+    named = {"text": text_column, "label": label_column, "group": group_column}
+    columns = CaseColumns(**{name: column for name, column in named.items() if column is not None})
+    scorers = resolve_lab(load_scorers(config)).scorers
+    with Terminal().bar("auditing", total=1) as bar:
+        found = run_audit(
+            cases, scorers, output, columns, generations=generations, progress=lambda _, done, of: bar(done / of)
+        )
+    Console().print(audit_table(found))
+    typer.echo(output / "audit.html")
 
 
 @app.command()

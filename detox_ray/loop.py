@@ -20,7 +20,7 @@ from detox_ray.learner.train_loop import LearnerTask, train_loop
 from detox_ray.measurement import answer, judge_and_report, push_adapter, rollout_workers
 from detox_ray.meter_config import meter_of_run
 from detox_ray.plan import Plan, prepare
-from detox_ray.rewards.classifiers import load_classifier
+from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.schedule import PromptSchedule
 from detox_ray.rollout.stream import RolloutStream, sampling_of
@@ -154,9 +154,7 @@ def score(config: Config, texts: Sequence[str]) -> list[dict[str, float]]:
         ConfigError, ModelError: a classifier cannot be loaded.
     """
     config = resolve_lab(config)
-    classifiers = [load_classifier(c) for c in [*config.reward.classifiers, config.evaluation.judge]]
-    columns = {c.name: c.toxicity(list(texts)).tolist() for c in classifiers}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return score_texts([*config.reward.classifiers, config.evaluation.judge], texts)
 
 
 def worker_pool(plan: Plan, workers: list[Any]) -> WorkerPool:

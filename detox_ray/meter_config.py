@@ -141,3 +141,22 @@ def meter_of_run(run: RunFolder, config: Config) -> MeterConfig:
         bootstrap_resamples=config.evaluation.bootstrap_resamples,
         ray=config.ray,
     )
+
+
+class ScorerList(Section):
+    """Scorers alone, the judge first."""
+
+    scorers: list[ClassifierConfig]
+
+
+def load_scorers(path: str | Path) -> ScorerList:
+    """The scorers of an evaluation's YAML file, or the judge and the reward's classifiers of a run's.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
+    """
+    tree = read_tree(path)
+    if "systems" in tree:
+        return ScorerList(scorers=parse_section(MeterConfig, tree).scorers)
+    config = parse_section(Config, tree)
+    return ScorerList(scorers=[config.evaluation.judge, *config.reward.classifiers])

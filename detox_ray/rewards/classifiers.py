@@ -48,6 +48,16 @@ def load_classifier(config: ClassifierConfig, device: str | None = None) -> Clas
             return EvaluateClassifier(config)
 
 
+def score_texts(configs: Sequence[ClassifierConfig], texts: Sequence[str]) -> list[dict[str, float]]:
+    """For each text the probability of toxicity by each classifier, by name, in this process.
+
+    Raises:
+        ConfigError, ModelError, RewardError: as `load_classifier` and `Classifier.toxicity`.
+    """
+    columns = {config.name: load_classifier(config).toxicity(list(texts)).tolist() for config in configs}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def check_classifier(config: ClassifierConfig) -> None:
     """Raises what `load_classifier` would raise, as far as that can be known without loading weights.
 

@@ -302,7 +302,8 @@ def test_a_quantised_run_is_analysed_on_the_base_that_answered(captum, tiny_mode
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     run = make_run(tmp_path / "run", tiny_model, all_rows(tokenizer), quantization="nf4")
     found = analyze(run, judge=WordJudge(), limits=LIMITS)
-    models = PlainModels(str(run / "dequantized_base"), run / "adapter")
+    [base] = run.glob("dequantized_base-*")
+    models = PlainModels(str(base), run / "adapter")
     rows = {r["prompt_id"]: r for r in pq.read_table(run / "generations.parquet").to_pylist() if r["system"] == "base"}
     firsts = [
         {**r, "response": " bad, you fool!" if n % 3 == 0 else f" fine and {n} ok"} for n, r in enumerate(rows.values())

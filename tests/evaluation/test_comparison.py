@@ -48,6 +48,13 @@ class Length:
         return np.array([min(1.0, len(text) / 40) for text in texts])
 
 
+class Zero:
+    name = "zero"
+
+    def toxicity(self, texts):
+        return np.zeros(len(texts))
+
+
 class Constant:
     name = "constant"
 
@@ -178,8 +185,8 @@ def test_a_base_without_toxicity_gives_null_and_not_nan(make_rollouts):
         group_rollouts(name, make_rollouts(texts), PROMPTS, [END_ID])
         for name, texts in (("base", [["a b"], ["c d"]]), ("tuned", [["e f"], [""]]))
     ]
-    scored = [score_responses(system, [Constant(np.zeros(2))], None) for system in systems]
-    content = compare(scored, Protocol(["constant"], 0, 100))
+    scored = [score_responses(system, [Zero()], None) for system in systems]
+    content = compare(scored, Protocol(["zero"], 0, 100))
     json.dumps(content, allow_nan=False)
     assert content["reduction"]["mean_toxicity"] == {"value": None, "low": None, "high": None}
     assert content["tuned"]["share_empty"] == 0.5
