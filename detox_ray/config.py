@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from detox_ray.errors import ConfigError
 
 LAB_PREFIX = "lab:"
+Root = TypeVar("Root", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -369,7 +370,48 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
     """
-    path = Path(path)
+    return parse_config(read_tree(path, overrides))
+
+
+def read_tree(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The plain tree in a YAML file (none: an empty tree) with dotted overrides applied.
+
+    Raises:
+        ConfigError: as `load_config`, as far as that needs no schema.
+    """
+    tree: Any = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """The configuration in a plain tree of dicts, lists and values.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return validated(Config, tree)
+
+
+def validated(root: type[Root], tree: dict[str, Any]) -> Root:
+    """A plain tree as the configuration class `root`.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is out of bounds.
+    """
+    try:
+        return root.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e, root) for e in error.errors()[:3])) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML; `load_config` reads it back to an equal `Config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -380,26 +422,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds no settings: expected `key: value` lines, such as `name: run`")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree)
-
-
-def parse_config(tree: dict[str, Any]) -> Config:
-    """The configuration in a plain tree of dicts, lists and values.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors()[:3])) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved tree as YAML; `load_config` reads it back to an equal `Config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return tree
 
 
 def _absolute(path: str | None) -> Any:
@@ -443,11 +466,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {last!r} does not name a part of the configuration")
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, root: type[BaseModel]) -> str:
     """One pydantic error as `key = value: what is wrong`, with the nearest valid key for an unknown one."""
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1])
+        known = _keys_at(error["loc"][:-1], root)
         nearest = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.55)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(known)}"
         return f"unknown key {location!r}; {hint}"
@@ -459,9 +482,9 @@ def _explain(error: Any) -> str:
     return f"{location} = {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
+def _keys_at(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     """The valid keys of the section a location leads to."""
-    section: type[BaseModel] = Config
+    section = root
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation) or section

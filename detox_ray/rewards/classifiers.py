@@ -11,12 +11,15 @@ import numpy as np
 
 from detox_ray.config import ClassifierConfig
 from detox_ray.errors import ConfigError, ModelError, RewardError
+from detox_ray.records import Readings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 LINEAR_SETTINGS = {"n_features", "ngram_range", "lowercase", "alternate_sign", "norm", "analyzer"}
 # A float32 logit is finite for probabilities inside these bounds, and no farther out than +-13.8.
 PROBABILITY_FLOOR = 1e-6
+# Windows of a long text share a quarter of their tokens, so that what one cuts in two another holds whole.
+WINDOW_OVERLAP = 4
 
 Output = Literal["logit", "logprob", "probability"]
 
@@ -31,6 +34,9 @@ class Classifier(Protocol):
 
     def toxicity(self, texts: Sequence[str]) -> np.ndarray:
         """`[N] float32` in [0, 1]: the probability of toxicity, whatever `output` is; raises RewardError as `score`."""
+
+    def read(self, texts: Sequence[str]) -> Readings:
+        """Both and every label, of texts of any length (`score` and `toxicity` cut them at `max_length` tokens)."""
 
 
 def load_classifier(config: ClassifierConfig, device: str | None = None) -> Classifier:
@@ -144,20 +150,59 @@ class TransformersClassifier:
         )
         return (1.0 - nontoxic).astype(np.float32)
 
+    def read(self, texts: Sequence[str]) -> Readings:
+        """Score, toxicity and every label of texts of any length, in overlapping windows of `max_length` tokens.
+
+        Raises:
+            RewardError: as `Classifier.score`.
+        """
+        if not texts:
+            return Readings(np.zeros(0), np.zeros(0), {}, np.zeros(0, dtype=np.int64))
+        encoded = self._tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self._max_length,
+            stride=self._max_length // WINDOW_OVERLAP,
+            return_overflowing_tokens=True,
+        )
+        owner = np.array(encoded.pop("overflow_to_sample_mapping"))
+        logits = self._forward(encoded)
+        first = np.flatnonzero(np.diff(owner, prepend=-1))
+        toxic = self._config.label_means == "toxic"
+
+        def of_label(label: int, toxic: bool, output: Output) -> np.ndarray:
+            return read_label(logits, label, self._independent_labels, toxic=toxic, output=output)
+
+        score = of_label(self._label, toxic, self._config.output)
+        toxicity = 1.0 - of_label(self._label, toxic, "probability")
+        labels = {
+            name: np.maximum.reduceat(of_label(int(index), False, "probability"), first).astype(np.float32)
+            for index, name in self._model.config.id2label.items()
+        }
+        return Readings(
+            score=np.minimum.reduceat(score, first).astype(np.float32),
+            toxicity=np.maximum.reduceat(toxicity, first).astype(np.float32),
+            labels=labels,
+            windows=np.bincount(owner),
+        )
+
     def _logits(self, texts: Sequence[str]) -> np.ndarray:
         """`[N, labels] float64`, in the order of `texts`; batches hold texts of similar length."""
-        import torch
-
         if not texts:
             return np.zeros((0, self._model.config.num_labels))
-        encoded = self._tokenizer(list(texts), truncation=True, max_length=self._max_length)
+        return self._forward(self._tokenizer(list(texts), truncation=True, max_length=self._max_length))
+
+    def _forward(self, encoded: Any) -> np.ndarray:
+        """`[rows, labels] float64` of the rows of token ids in `encoded`, in their order."""
+        import torch
+
         for key in encoded:
             # A tokenizer without start and end tokens makes nothing of an empty text, and a model cannot read nothing.
             filler = self._empty_token_id if key == "input_ids" else (1 if key == "attention_mask" else 0)
             encoded[key] = [row or [filler] for row in encoded[key]]
         lengths = [len(row) for row in encoded["input_ids"]]
-        order = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
-        logits = np.empty((len(texts), self._model.config.num_labels))
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        logits = np.empty((len(lengths), self._model.config.num_labels))
         with torch.inference_mode():
             for start in range(0, len(order), self._config.batch_size):
                 rows = order[start : start + self._config.batch_size]
@@ -184,15 +229,25 @@ class LinearClassifier:
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """See `Classifier.score`."""
-        nontoxic = 1.0 - self._toxicity(texts)
-        if self._config.output != "probability":
-            nontoxic = np.clip(nontoxic, PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
-            nontoxic = np.log(nontoxic) - (np.log1p(-nontoxic) if self._config.output == "logit" else 0.0)
-        return nontoxic.astype(np.float32)
+        return self._score(self._toxicity(texts))
 
     def toxicity(self, texts: Sequence[str]) -> np.ndarray:
         """See `Classifier.toxicity`."""
         return self._toxicity(texts).astype(np.float32)
+
+    def read(self, texts: Sequence[str]) -> Readings:
+        """Score and toxicity of texts of any length; raises RewardError as `Classifier.score`."""
+        toxicity = self._toxicity(texts)
+        windows = np.ones(len(texts), dtype=np.int64)
+        return Readings(self._score(toxicity), toxicity.astype(np.float32), labels={}, windows=windows)
+
+    def _score(self, toxicity: np.ndarray) -> np.ndarray:
+        """`[N] float32` from probabilities `[N]`."""
+        nontoxic = 1.0 - toxicity
+        if self._config.output != "probability":
+            nontoxic = np.clip(nontoxic, PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
+            nontoxic = np.log(nontoxic) - (np.log1p(-nontoxic) if self._config.output == "logit" else 0.0)
+        return nontoxic.astype(np.float32)
 
     def _toxicity(self, texts: Sequence[str]) -> np.ndarray:
         """`[N] float64`."""
