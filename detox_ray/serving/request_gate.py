@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import parse_qs
 
 from pydantic_core import from_json
@@ -28,10 +28,13 @@ CLIENT_GONE = 499
 class ApiKeys:
     """The keys that may ask, as digests, and how fast each may."""
 
-    def __init__(self, digests: Sequence[bytes], config: KeysConfig) -> None:
+    def __init__(
+        self, digests: Sequence[bytes], config: KeysConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._digests = tuple(digests)
         self._config = config
-        self._allowance = dict.fromkeys(self._digests, (float(config.burst), time.monotonic()))
+        self._clock = clock
+        self._allowance = dict.fromkeys(self._digests, (float(config.burst), clock()))
 
     def admit(self, scope: Scope, api: Api) -> None:
         """Raises ApiError when the request has no valid key, or its key asks too often; an open service admits all."""
@@ -55,7 +58,7 @@ class ApiKeys:
 
     def _spend(self, digest: bytes, rate: float) -> None:
         tokens, since = self._allowance[digest]
-        now = time.monotonic()
+        now = self._clock()
         tokens = min(float(self._config.burst), tokens + (now - since) * rate)
         if tokens < 1:
             self._allowance[digest] = (tokens, now)
