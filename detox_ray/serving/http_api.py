@@ -98,7 +98,8 @@ def build_web_app(
 
     @web.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return refusal(request, from_validation(error.errors()[0]))
+        # Of a union pydantic reports every branch; the one it followed farthest is what was meant.
+        return refusal(request, from_validation(max(error.errors(), key=lambda found: len(found["loc"]))))
 
     @web.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
@@ -163,7 +164,9 @@ def _resolved(config: ApiConfig) -> ApiConfig:
         logger.warning("no calibration for %s: their scores are raw; use the config.yaml of a run", ", ".join(unfitted))
     reward = with_calibrations(reward, dict.fromkeys(unfitted, UNCALIBRATED))
     classifiers = [_resolved_classifier(c, config) for c in reward.classifiers]
-    update = {"classifiers": classifiers, "text": "response", "timeout_s": config.limits.timeout_s}
+    # Later than the service's own limit, so that it is that one the answer names.
+    timeout_s = config.limits.timeout_s + GRACE_S
+    update = {"classifiers": classifiers, "text": "response", "timeout_s": timeout_s}
     return config.model_copy(update={"reward": reward.model_copy(update=update)})
 
 

@@ -1,128 +1,140 @@
-import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from ray import serve
 
-from detox_ray.config import ClassifierConfig, RewardConfig
 from detox_ray.rewards.classifiers import load_classifier
-from detox_ray.serving.http_api import MAX_CHARACTERS, MAX_TEXTS, build_http_app
+from detox_ray.serving.api_config import ApiConfig, LimitsConfig
+
+from .conftest import WORDS, linear
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("local_ray")]
 
 RUDE, CIVIL = "you are a stupid idiot", "thank you for the kind help"
+LIMITS = LimitsConfig()
 
 
-def linear(name: str, model: str) -> ClassifierConfig:
-    return ClassifierConfig(name=name, kind="linear", model=model, output="probability")
+def members(config: ApiConfig) -> dict[str, Any]:
+    return {c.name: load_classifier(c, "cpu") for c in config.reward.classifiers}
 
 
-WORDS = linear("words", "profanity_check:predict_prob")
-
-
-@pytest.fixture(scope="module")
-def address(local_ray: Path) -> Iterator[str]:
-    """Serve with its HTTP proxy on a free port of the loopback interface, in place of one without."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.shutdown()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[httpx.Client]:
-    config = RewardConfig(classifiers=[WORDS, linear("rude_words", "faulty:rude_words")], text="prompt_and_response")
-    serve.run(build_http_app(config), name="api", route_prefix="/")
-    with httpx.Client(base_url=address, timeout=60) as client:
-        yield client
-    serve.delete("api")
-
-
-def test_scores_of_a_list(client: httpx.Client) -> None:
-    response = client.post("/v1/score", json={"texts": [RUDE, CIVIL, ""], "toxicity": True})
+def test_scores_of_a_list(client: httpx.Client, api_config: ApiConfig) -> None:
+    texts = [RUDE, CIVIL, ""]
+    response = client.post("/v1/score", json={"texts": texts, "toxicity": True})
     assert response.status_code == 200
     results = response.json()["results"]
     assert [sorted(r) for r in results] == [["disagreement", "per_classifier", "score", "toxicity"]] * 3
-    expected = load_classifier(WORDS)
-    assert [r["per_classifier"]["words"] for r in results] == pytest.approx(expected.score([RUDE, CIVIL, ""]), abs=1e-5)
-    assert [r["toxicity"]["words"] for r in results] == pytest.approx(expected.toxicity([RUDE, CIVIL, ""]), abs=1e-5)
+    for name, classifier in members(api_config).items():
+        assert [r["per_classifier"][name] for r in results] == pytest.approx(classifier.score(texts), abs=1e-4)
+        assert [r["toxicity"][name] for r in results] == pytest.approx(classifier.toxicity(texts), abs=1e-5)
     for result in results:
-        members = list(result["per_classifier"].values())
-        assert result["score"] == pytest.approx(sum(members) / 2, abs=1e-6)
-        assert result["disagreement"] == pytest.approx(abs(members[0] - members[1]) / 2, abs=1e-6)
+        values = list(result["per_classifier"].values())
+        assert result["score"] == pytest.approx(sum(values) / 2, abs=1e-6)
+        assert result["disagreement"] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-6)
     assert results[0]["score"] < results[1]["score"]
 
 
-def test_score_of_one_text(client: httpx.Client) -> None:
-    [result] = client.post("/v1/score", json={"text": CIVIL}).json()["results"]
+def test_one_text_and_the_models_that_scored_it(client: httpx.Client) -> None:
+    body = client.post("/v1/score", json={"text": CIVIL}).json()
+    [result] = body["results"]
     assert "toxicity" not in result
-    assert result["score"] > 0.5
+    assert body["models"]["words"]["model"] == "profanity_check:predict_prob"
+    assert body["models"]["words"]["revision"].startswith("alt-profanity-check==")
+    assert body["models"]["tiny"]["revision"].startswith("sha256:")
+    assert "/" not in body["models"]["tiny"]["model"]
+
+
+def test_a_prompt_is_read_with_its_response(client: httpx.Client, api_config: ApiConfig) -> None:
+    request = {"prompt": RUDE, "text": CIVIL, "toxicity": True}
+    [result] = client.post("/v1/score", json=request).json()["results"]
+    for name, classifier in members(api_config).items():
+        assert result["toxicity"][name] == pytest.approx(classifier.toxicity([f"{RUDE} {CIVIL}"])[0], abs=1e-5)
+    both = client.post("/v1/score", json={"prompts": [RUDE, ""], "texts": [CIVIL, CIVIL], "toxicity": True}).json()
+    assert both["results"][0] == result
+    assert both["results"][1]["toxicity"]["words"] < result["toxicity"]["words"]
+
+
+def test_spans_and_verdict(client: httpx.Client, api_config: ApiConfig) -> None:
+    text = f"{CIVIL.capitalize()}. 😀 {RUDE}!"
+    [result] = client.post("/v1/score", json={"text": text, "spans": True, "threshold": 0.5, "toxicity": True}).json()[
+        "results"
+    ]
+    assert [text[s["begin"] : s["end"]] for s in result["spans"]] == [f"{CIVIL.capitalize()}.", f"😀 {RUDE}!"]
+    for span in result["spans"]:
+        part = text[span["begin"] : span["end"]]
+        expected = [c.toxicity([part])[0] for c in members(api_config).values()]
+        assert span["toxicity"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert result["verdict"]["toxicity"] == pytest.approx(np.mean(list(result["toxicity"].values())))
+    assert result["verdict"]["toxic"] == (result["verdict"]["toxicity"] >= 0.5)
+
+
+def test_a_long_text_is_read_to_its_end_and_the_answer_says_in_how_many_windows(client: httpx.Client) -> None:
+    text = f"{CIVIL} " * 30 + RUDE
+    response = client.post("/v1/score", json={"texts": [text, CIVIL], "toxicity": True})
+    long, short = response.json()["results"]
+    # 185 tokens in windows of 30 that share 8.
+    assert long["windows"] == {"words": 1, "tiny": 9}
+    assert response.headers["x-text-windows"] == "9"
+    assert long["toxicity"]["tiny"] > 0.9 > 0.1 > short["toxicity"]["tiny"]
+    assert "windows" not in short
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "code", "field", "limit"),
     [
-        {},
-        {"text": "a", "texts": ["a"]},
-        {"texts": []},
-        {"texts": ["a"] * (MAX_TEXTS + 1)},
-        {"text": "secret " * MAX_CHARACTERS},
-        {"texts": ["a", "secret " * MAX_CHARACTERS]},
-        {"text": "secret", "model": "another"},
-        {"texts": ["secret", 3]},
-        {"texts": "secret"},
+        ({}, "invalid_field", "body", None),
+        ({"text": "a", "texts": ["a"]}, "invalid_field", "body", None),
+        ({"texts": []}, "invalid_field", "texts", None),
+        ({"texts": ["a"] * (LIMITS.texts + 1)}, "too_many_texts", "texts", LIMITS.texts),
+        ({"text": "secret " * LIMITS.characters}, "text_too_long", "text", LIMITS.characters),
+        ({"texts": ["a", "secret " * LIMITS.characters]}, "text_too_long", "texts.1", LIMITS.characters),
+        ({"text": "a", "prompt": "secret " * LIMITS.characters}, "text_too_long", "prompt", LIMITS.characters),
+        ({"texts": ["a b. " * 100] * 1000, "spans": True}, "too_many_spans", "spans", LIMITS.queued_texts),
+        ({"text": "secret", "model": "another"}, "unknown_field", "model", None),
+        ({"texts": ["secret", 3]}, "invalid_field", "texts.1", None),
+        ({"texts": "secret"}, "invalid_field", "texts", None),
+        ({"text": "secret", "prompts": ["a"]}, "invalid_field", "body", None),
+        ({"texts": ["secret"], "prompts": ["a", "b"]}, "invalid_field", "body", None),
+        ({"text": "secret", "threshold": 2}, "invalid_field", "threshold", None),
     ],
-    ids=["empty", "both", "no-text", "many", "long", "long-in-list", "unknown-key", "number", "not-a-list"],
 )
-def test_requests_outside_the_limits(client: httpx.Client, body: dict) -> None:
+def test_requests_outside_the_limits(client: httpx.Client, body: dict, code: str, field: str, limit: Any) -> None:
     response = client.post("/v1/score", json=body)
     assert response.status_code == 422
-    assert response.json()["detail"]
+    error = response.json()["error"]
+    assert (error["code"], error["field"], error["limit"]) == (code, field, limit)
+    assert response.json()["detail"] == error["message"]
     assert "secret" not in response.text
 
 
 def test_limits_are_inclusive(client: httpx.Client) -> None:
-    assert client.post("/v1/score", json={"texts": ["a" * MAX_CHARACTERS]}).status_code == 200
-    assert len(client.post("/v1/score", json={"texts": ["a"] * MAX_TEXTS}).json()["results"]) == MAX_TEXTS
+    assert client.post("/v1/score", json={"texts": ["a" * LIMITS.characters]}).status_code == 200
+    many = [str(i) for i in range(LIMITS.texts)]
+    assert len(client.post("/v1/score", json={"texts": many}).json()["results"]) == LIMITS.texts
 
 
-def test_not_json(client: httpx.Client) -> None:
-    response = client.post("/v1/score", content=b"{", headers={"content-type": "application/json"})
-    assert response.status_code == 422
-
-
-def test_health(client: httpx.Client) -> None:
-    response = client.get("/healthz")
-    assert (response.status_code, response.json()) == (200, {"status": "ok"})
-
-
-def test_a_failing_classifier_is_unavailable_not_harmless(client: httpx.Client, address: str) -> None:
-    config = RewardConfig(classifiers=[linear("broken", "faulty:always_fails")], retries=0)
-    serve.run(build_http_app(config), name="failing", route_prefix="/failing")
-    response = httpx.post(f"{address}/failing/v1/score", json={"text": "secret", "toxicity": True}, timeout=60)
-    serve.delete("failing")
-    assert response.status_code == 503
-    assert "results" not in response.json()
-
-
-def test_texts_are_not_logged(client: httpx.Client, local_ray: Path) -> None:
-    client.post("/v1/score", json={"text": "xyzzyplugh"})
-    client.post("/v1/score", json={"text": "xyzzyplugh", "model": "another"})
-    logs = [path.read_text(errors="replace") for path in (local_ray / "logs").rglob("*") if path.is_file()]
-    assert any("/v1/score" in log for log in logs)
-    assert not any("xyzzyplugh" in log for log in logs)
+def test_a_failing_classifier_is_unavailable_not_harmless(deploy: Callable[..., str]) -> None:
+    address = deploy([linear("broken", "faulty:always_fails")])
+    with httpx.Client(base_url=address, timeout=60) as asking:
+        for path, body in {
+            "/v1/score": {"text": "secret"},
+            "/v1/moderations": {"input": "secret"},
+            "/v1alpha1/comments:analyze": {"comment": {"text": "secret"}, "requestedAttributes": {"TOXICITY": {}}},
+        }.items():
+            response = asking.post(path, json=body)
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+            assert set(response.json()) - {"detail"} == {"error"}
+        assert asking.get("/healthz").status_code == 200
+        assert asking.get("/readyz").status_code == 503
 
 
 def test_the_deployed_module(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("detox_ray.data.lab")
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    monkeypatch.syspath_prepend(Path(__file__).parents[3])
     from deployments.toxicity_api import app
 
     tree = {
@@ -132,8 +144,15 @@ def test_the_deployed_module(address: str, tmp_path: Path, monkeypatch: pytest.M
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
-    monkeypatch.setitem(os.environ, "DETOX_RAY_CONFIG", str(path))
+    monkeypatch.setenv("DETOX_RAY_CONFIG", str(path))
     serve.run(app({}), name="deployed", route_prefix="/deployed")
     [result] = httpx.post(f"{address}/deployed/v1/score", json={"text": RUDE}, timeout=60).json()["results"]
     serve.delete("deployed")
     assert result["per_classifier"] == pytest.approx({"rude_words": 0.1})
+
+
+def test_the_words_member_is_another_librarys_number(client: httpx.Client) -> None:
+    import profanity_check
+
+    [result] = client.post("/v1/score", json={"text": RUDE, "toxicity": True}).json()["results"]
+    assert result["toxicity"][WORDS.name] == pytest.approx(profanity_check.predict_prob([RUDE])[0], abs=1e-5)
