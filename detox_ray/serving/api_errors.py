@@ -5,6 +5,7 @@ import re
 from typing import Any, Literal
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 Api = Literal["score", "perspective", "moderations"]
@@ -39,6 +40,53 @@ VALIDATION_CODES = {
 }
 LONGEST_FIELD = 200
 TYPE_TRIED = re.compile(r"(str|list\[.*\])$")
+
+
+class Refusal(BaseModel):
+    """Why a request was refused."""
+
+    code: str
+    message: str
+    field: str | None
+    limit: float | str | None
+
+
+class ScoreError(BaseModel):
+    """An error of /v1/score and of the operational paths."""
+
+    error: Refusal
+    detail: str
+
+
+class OpenAIRefusal(BaseModel):
+    """OpenAI's error object, and the limit."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    limit: float | str | None
+
+
+class OpenAIError(BaseModel):
+    """An error of /v1/moderations."""
+
+    error: OpenAIRefusal
+
+
+class GoogleStatus(BaseModel):
+    """Google's error model; an ErrorInfo detail holds the reason, and field and limit as metadata."""
+
+    code: int
+    message: str
+    status: str
+    details: list[dict[str, Any]]
+
+
+class GoogleError(BaseModel):
+    """An error of the Perspective format."""
+
+    error: GoogleStatus
 
 
 class ApiError(Exception):
@@ -78,6 +126,11 @@ def from_validation(error: ErrorDetails) -> ApiError:
     field = ".".join(part for part in parts if not TYPE_TRIED.match(part))[:LONGEST_FIELD] or "body"
     message = error["msg"].removeprefix("Value error, ")
     return invalid(VALIDATION_CODES.get(error["type"], "invalid_field"), f"{field}: {message}", field)
+
+
+def documented(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` of routes whose errors are `model`."""
+    return {"default": {"model": model, "description": "Refused, or not answered; 429 and 503 come with Retry-After"}}
 
 
 def api_of(path: str) -> Api:

@@ -6,7 +6,7 @@ from typing import Any, cast
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -21,6 +21,7 @@ from detox_ray.rewards.revision import model_name, model_revision
 from detox_ray.serving.api_config import ApiConfig, Source, load_keys
 from detox_ray.serving.api_errors import ApiError, api_of, error_response, from_validation
 from detox_ray.serving.api_metrics import ApiMetrics
+from detox_ray.serving.docs_page import docs_page
 from detox_ray.serving.moderations import moderations_router
 from detox_ray.serving.perspective import perspective_router
 from detox_ray.serving.request_gate import ApiKeys, RequestGate, key_digest
@@ -64,9 +65,7 @@ def build_web_app(
     key_digests: tuple[bytes, ...],
 ) -> FastAPI:
     """The routes of all three formats and of operations, behind the gate."""
-    web = FastAPI(
-        title="detox_ray toxicity API", description=_description(config), strict_content_type=True, redoc_url=None
-    )
+    web = FastAPI(title="detox_ray toxicity API", description=_description(config), docs_url=None, redoc_url=None)
     web.include_router(score_router(config, scorer, models))
     web.include_router(perspective_router(config, scorer, metrics))
     web.include_router(moderations_router(config, scorer))
@@ -86,6 +85,10 @@ def build_web_app(
     async def prometheus() -> Response:
         """Counters in Prometheus' format."""
         return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @web.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(docs_page(web.openapi(), config.http.public_url or str(request.base_url)))
 
     def refusal(request: Request, error: ApiError) -> JSONResponse:
         api = api_of(request.url.path.removeprefix(request.scope.get("root_path", "")))

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from detox_ray.serving.api_config import ApiConfig, Category
-from detox_ray.serving.api_errors import invalid
+from detox_ray.serving.api_errors import OpenAIError, documented, invalid
 from detox_ray.serving.score_format import WINDOWS_HEADER, check_texts
 from detox_ray.serving.text_scorer import TextReading, TextScorer, most_windows, probability
 
@@ -49,7 +49,7 @@ class ModerationRequest(BaseModel):
 
 def moderations_router(config: ApiConfig, scorer: TextScorer) -> APIRouter:
     """The route."""
-    router = APIRouter(tags=["moderations"])
+    router = APIRouter(tags=["moderations"], responses=documented(OpenAIError))
     unscored = [category for category in CATEGORIES if category not in config.categories]
     names = "+".join(c.name for c in config.reward.classifiers)
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from detox_ray.serving.api_config import ApiConfig, AttributeSource, LimitsConfig
-from detox_ray.serving.api_errors import ApiError, invalid
+from detox_ray.serving.api_errors import ApiError, GoogleError, documented, invalid
 from detox_ray.serving.api_metrics import ApiMetrics
 from detox_ray.serving.discovery import discovery_document
 from detox_ray.serving.score_format import WINDOWS_HEADER
@@ -104,7 +104,7 @@ class SuggestCommentScoreRequest(Message):
 
 def perspective_router(config: ApiConfig, scorer: TextScorer, metrics: ApiMetrics) -> APIRouter:
     """The two methods, and the discovery document that Google's clients build themselves from."""
-    router = APIRouter(tags=["perspective"])
+    router = APIRouter(tags=["perspective"], responses=documented(GoogleError))
 
     @router.post("/v1alpha1/comments:analyze", summary="Perspective's AnalyzeComment")
     async def analyze(

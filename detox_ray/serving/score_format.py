@@ -7,7 +7,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from detox_ray.serving.api_config import ApiConfig, LimitsConfig, Source
-from detox_ray.serving.api_errors import invalid
+from detox_ray.serving.api_errors import ScoreError, documented, invalid
 from detox_ray.serving.text_scorer import TextReading, TextScorer, ensemble_scores, most_windows, probability
 from detox_ray.serving.texts import Span, joined
 
@@ -97,7 +97,7 @@ def check_texts(texts: list[str], field: str, limits: LimitsConfig) -> None:
 
 def score_router(config: ApiConfig, scorer: TextScorer, models: dict[str, dict[str, str]]) -> APIRouter:
     """The route; `models` holds name and revision of each classifier's model."""
-    router = APIRouter(tags=["score"])
+    router = APIRouter(tags=["score"], responses=documented(ScoreError))
     named = {name: Model(**model) for name, model in models.items()}
 
     @router.post("/v1/score", response_model_exclude_none=True, summary="Score texts")

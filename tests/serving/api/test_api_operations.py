@@ -35,11 +35,16 @@ def metric(client: httpx.Client, name: str) -> float:
 def test_health_readiness_and_docs(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready"}
-    assert client.get("/docs").status_code == 200
+    page = client.get("/docs").text
+    assert "http://" not in page.replace(str(client.base_url), "")
+    assert "https://" not in page
     schema = client.get("/openapi.json").json()
     posts = {path: operation["post"] for path, operation in schema["paths"].items() if "post" in operation}
     assert len(posts) == 4
     for path, operation in posts.items():
+        assert f"POST {path}" in page
+        # No other error is promised than those there are.
+        assert set(operation["responses"]) == {"200", "default"}
         examples = operation["requestBody"]["content"]["application/json"]["examples"]
         for example in examples.values():
             assert client.post(path, json=example["value"]).status_code == 200
@@ -90,8 +95,12 @@ def test_a_full_queue_says_when_to_come_back(deploy: Callable[..., str]) -> None
         assert metric(asking, "detox_queued_texts") == 0
 
 
-def test_a_classifier_that_is_too_slow_is_a_timeout_in_each_format(deploy: Callable[..., str]) -> None:
-    address = deploy([linear("slow", "faulty:slow")], limits={"timeout_s": 1})
+def test_the_http_section_and_a_classifier_that_is_too_slow(deploy: Callable[..., str]) -> None:
+    http = {"cors_origins": ["https://example.org"], "public_url": "https://toxicity.example.org"}
+    address = deploy([linear("slow", "faulty:slow")], limits={"timeout_s": 1}, http=http)
+    page = httpx.get(f"{address}/$discovery/rest", headers={"origin": "https://example.org"}, timeout=30)
+    assert page.headers["access-control-allow-origin"] == "https://example.org"
+    assert page.json()["rootUrl"] == "https://toxicity.example.org/"
     ours = httpx.post(f"{address}/v1/score", json={"text": "a"}, timeout=30)
     assert (ours.status_code, ours.json()["error"]["limit"]) == (504, 1)
     request = {"comment": {"text": "b"}, "requestedAttributes": {"TOXICITY": {}}}
@@ -108,7 +117,10 @@ def test_keys_of_the_running_service(deploy: Callable[..., str], monkeypatch: py
         assert asking.post("/v1/score", json=body).status_code == 401
         assert asking.get("/metrics").status_code == 401
         assert asking.get("/healthz").status_code == 200
-        assert asking.get("/$discovery/rest", params={"version": "v1alpha1", "key": "right"}).status_code == 200
+        assert (
+            asking.get("/$discovery/rest", params={"version": "v1alpha1", "key": "right"}).json()["rootUrl"]
+            == f"{address}/"
+        )
         assert [asking.post("/v1/score?key=right", json=body).status_code for _ in range(4)] == [200, 200, 200, 429]
         assert asking.post("/v1/score", json=body, headers={"authorization": "Bearer other"}).status_code == 200
         assert "access-control-allow-origin" not in asking.get("/healthz", headers={"origin": "https://e.org"}).headers
