@@ -3,13 +3,14 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from detox_ray.cluster import OBJECT_STORE_BYTES
 from detox_ray.errors import ConfigError
-from detox_ray.serving.api_config import ApiConfig
+from detox_ray.serving.api_config import ApiConfig, HttpConfig
 
 APP_NAME = "toxicity-api"
 
@@ -32,28 +33,18 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
     address = config.ray.address or os.environ.get("RAY_ADDRESS") or "local"
     ours = not ray.is_initialized()
     if ours:
-        local: dict[str, Any] = {
-            "num_cpus": config.ray.num_cpus,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **(local if address == "local" else {}),
-        )
+        local: dict[str, Any] = {}
+        if address == "local":
+            _check_port(config.http)
+            local = {
+                "num_cpus": config.ray.num_cpus,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+            }
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         timeout_s = config.limits.body_timeout_s + config.limits.timeout_s + GRACE_S
-        try:
-            serve.start(
-                http_options={"host": config.http.host, "port": config.http.port, "request_timeout_s": timeout_s}
-            )
-        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            reason = str(error).strip().split("\n")[-1]
-            raise ConfigError(
-                f"http.port={config.http.port} on {config.http.host} cannot be served ({reason}); take another port"
-            ) from None
+        serve.start(http_options={"host": config.http.host, "port": config.http.port, "request_timeout_s": timeout_s})
         serve.run(build_http_app(config), name=APP_NAME, route_prefix="/")
         on_ready(f"http://{config.http.host}:{config.http.port}")
         _wait(stop or threading.Event())
@@ -63,6 +54,16 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
         if ours:
             serve.shutdown()
             ray.shutdown()
+
+
+def _check_port(http: HttpConfig) -> None:
+    """Raises ConfigError when nobody can listen there; Serve would try for minutes."""
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    try:
+        socket.create_server((http.host, http.port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"http.host={http.host} http.port={http.port}: {reason}; take another port") from None
 
 
 def _wait(stop: threading.Event) -> None:

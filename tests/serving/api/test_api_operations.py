@@ -199,6 +199,17 @@ serve_api(ApiConfig.model_validate(config), on_ready=lambda address: print(addre
 """
 
 
+def test_a_port_that_is_taken_is_said_at_once(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    code = f"""
+from detox_ray.serving.api_config import load_api_config
+from detox_ray.serving.serve_api import serve_api
+serve_api(load_api_config(None, ["http.port={port}"]), on_ready=print)
+"""
+    service = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert f"ConfigError: http.host=127.0.0.1 http.port={port}: " in service.stderr
+
+
 def test_the_foreground_service_finishes_what_it_has_begun(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
