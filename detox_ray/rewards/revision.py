@@ -6,6 +6,8 @@ from pathlib import Path
 
 from detox_ray.config import ClassifierConfig
 
+UNKNOWN = "unversioned"
+
 
 def model_name(config: ClassifierConfig) -> str:
     """The hub id or import path; of a local folder only its name."""
@@ -22,14 +24,14 @@ def model_revision(config: ClassifierConfig) -> str:
                 while block := file.read(2**20):
                     digest.update(block)
         return f"sha256:{digest.hexdigest()[:16]}"
-    if config.kind == "linear":
-        package = config.model.partition(":")[0].partition(".")[0]
-        try:
-            distribution = packages_distributions()[package][0]
-            return f"{distribution}=={version(distribution)}"
-        except (KeyError, PackageNotFoundError):
-            return "unversioned"
-    from transformers import AutoConfig
+    if config.kind == "transformers":
+        from transformers import AutoConfig
 
-    loaded = AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
-    return getattr(loaded, "_commit_hash", None) or config.revision or "unversioned"
+        loaded = AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+        return getattr(loaded, "_commit_hash", None) or config.revision or UNKNOWN
+    package = config.model.partition(":")[0].partition(".")[0]
+    try:
+        distribution = packages_distributions()[package][0]
+        return f"{distribution}=={version(distribution)}"
+    except (KeyError, PackageNotFoundError):
+        return config.revision or UNKNOWN
