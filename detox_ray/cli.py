@@ -87,9 +87,7 @@ def report(folder: Annotated[Path, typer.Argument(help="run or evaluation folder
 
 @app.command()
 def score(
-    texts: Annotated[
-        list[str], typer.Argument(help="texts; - for one a line of standard input; with --output a file")
-    ],
+    texts: Annotated[list[str], typer.Argument(help="texts; - for one a line of standard input; with --output a file")],
     config: ScorersPath = Path("configs/laptop.yaml"),
     output: Annotated[Path | None, typer.Option(help="score the file named instead of texts into this folder")] = None,
     text_column: Annotated[str, typer.Option(help="of the file")] = "text",
@@ -142,6 +140,18 @@ def audit(
         )
     Console().print(audit_table(found))
     typer.echo(output / "audit.html")
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; none: the embedded service, offline")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Serve toxicity scores over HTTP, also in Perspective's and OpenAI's formats."""
+    from detox_ray.serving.api_config import load_api_config
+    from detox_ray.serving.serve_api import serve_api
+
+    serve_api(load_api_config(config, overrides or []), on_ready=lambda address: typer.echo(f"{address}/docs"))
 
 
 @app.command()

@@ -66,3 +66,16 @@ class Sampling:
     top_k: int = 0
     fixed_length: bool = False
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Readings:
+    """All that one classifier says of N texts, from one forward pass; long texts were read in windows.
+
+    Of several windows of a text the most toxic one counts: the lowest score, the highest probabilities.
+    """
+
+    score: np.ndarray  # [N] float32, uncalibrated, less toxic is higher
+    toxicity: np.ndarray  # [N] float32 in [0, 1]
+    labels: dict[str, np.ndarray]  # [N] float32 in [0, 1] by label; empty for a classifier that has no named labels
+    windows: np.ndarray  # [N] int64, at least 1

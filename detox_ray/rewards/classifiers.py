@@ -1,17 +1,21 @@
 """Toxicity classifiers: texts in, scores out, signed so that less toxic is always higher."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from detox_ray.config import ClassifierConfig
 from detox_ray.errors import ModelError
+from detox_ray.records import Readings
 from detox_ray.rewards.evaluate_measurement import EvaluateClassifier, check_measurement
 from detox_ray.rewards.linear import LinearClassifier, check_linear
 from detox_ray.rewards.model_config import check_sequence_classifier, first_line, label_index, load_model_config
 from detox_ray.rewards.perspective import PerspectiveClassifier, check_perspective
 from detox_ray.rewards.probability import finite
+
+# Windows of a long text share a quarter of their tokens, so that what one cuts in two another holds whole.
+WINDOW_OVERLAP = 4
 
 Output = Literal["logit", "logprob", "probability"]
 
@@ -26,6 +30,9 @@ class Classifier(Protocol):
 
     def toxicity(self, texts: Sequence[str]) -> np.ndarray:
         """`[N] float32` in [0, 1]: the probability of toxicity, whatever `output` is; raises RewardError as `score`."""
+
+    def read(self, texts: Sequence[str]) -> Readings:
+        """Both and every label, of texts of any length (`score` and `toxicity` cut them at `max_length` tokens)."""
 
 
 def load_classifier(config: ClassifierConfig, device: str | None = None) -> Classifier:
@@ -153,20 +160,59 @@ class TransformersClassifier:
         )
         return (1.0 - nontoxic).astype(np.float32)
 
+    def read(self, texts: Sequence[str]) -> Readings:
+        """Score, toxicity and every label of texts of any length, in overlapping windows of `max_length` tokens.
+
+        Raises:
+            RewardError: as `Classifier.score`.
+        """
+        if not texts:
+            return Readings(np.zeros(0), np.zeros(0), {}, np.zeros(0, dtype=np.int64))
+        encoded = self._tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self._max_length,
+            stride=self._max_length // WINDOW_OVERLAP,
+            return_overflowing_tokens=True,
+        )
+        owner = np.array(encoded.pop("overflow_to_sample_mapping"))
+        logits = self._forward(encoded)
+        first = np.flatnonzero(np.diff(owner, prepend=-1))
+        toxic = self._config.label_means == "toxic"
+
+        def of_label(label: int, toxic: bool, output: Output) -> np.ndarray:
+            return read_label(logits, label, self._independent_labels, toxic=toxic, output=output)
+
+        score = of_label(self._label, toxic, self._config.output)
+        toxicity = 1.0 - of_label(self._label, toxic, "probability")
+        labels = {
+            name: np.maximum.reduceat(of_label(int(index), False, "probability"), first).astype(np.float32)
+            for index, name in self._model.config.id2label.items()
+        }
+        return Readings(
+            score=np.minimum.reduceat(score, first).astype(np.float32),
+            toxicity=np.maximum.reduceat(toxicity, first).astype(np.float32),
+            labels=labels,
+            windows=np.bincount(owner),
+        )
+
     def _logits(self, texts: Sequence[str]) -> np.ndarray:
         """`[N, labels] float64`, in the order of `texts`; batches hold texts of similar length."""
-        import torch
-
         if not texts:
             return np.zeros((0, self._model.config.num_labels))
-        encoded = self._tokenizer(list(texts), truncation=True, max_length=self._max_length)
+        return self._forward(self._tokenizer(list(texts), truncation=True, max_length=self._max_length))
+
+    def _forward(self, encoded: Any) -> np.ndarray:
+        """`[rows, labels] float64` of the rows of token ids in `encoded`, in their order."""
+        import torch
+
         for key in encoded:
             # A tokenizer without start and end tokens makes nothing of an empty text, and a model cannot read nothing.
             filler = self._empty_token_id if key == "input_ids" else (1 if key == "attention_mask" else 0)
             encoded[key] = [row or [filler] for row in encoded[key]]
         lengths = [len(row) for row in encoded["input_ids"]]
-        order = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
-        logits = np.empty((len(texts), self._model.config.num_labels))
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        logits = np.empty((len(lengths), self._model.config.num_labels))
         with torch.inference_mode():
             for start in range(0, len(order), self._config.batch_size):
                 rows = order[start : start + self._config.batch_size]

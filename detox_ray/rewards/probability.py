@@ -7,6 +7,7 @@ import numpy as np
 
 from detox_ray.config import ClassifierConfig
 from detox_ray.errors import RewardError
+from detox_ray.records import Readings
 
 # A float32 logit is finite for probabilities inside these bounds, and no farther out than +-13.8.
 PROBABILITY_FLOOR = 1e-6
@@ -22,15 +23,25 @@ class ProbabilityClassifier:
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """See `Classifier.score`."""
-        nontoxic = 1.0 - self._toxicity(texts)
-        if self._config.output != "probability":
-            nontoxic = np.clip(nontoxic, PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
-            nontoxic = np.log(nontoxic) - (np.log1p(-nontoxic) if self._config.output == "logit" else 0.0)
-        return nontoxic.astype(np.float32)
+        return self._score(self._toxicity(texts))
 
     def toxicity(self, texts: Sequence[str]) -> np.ndarray:
         """See `Classifier.toxicity`."""
         return self._toxicity(texts).astype(np.float32)
+
+    def read(self, texts: Sequence[str]) -> Readings:
+        """See `Classifier.read`; the function is given texts of any length whole."""
+        toxicity = self._toxicity(texts)
+        windows = np.ones(len(texts), dtype=np.int64)
+        return Readings(self._score(toxicity), toxicity.astype(np.float32), labels={}, windows=windows)
+
+    def _score(self, toxicity: np.ndarray) -> np.ndarray:
+        """`[N] float32` from probabilities `[N]`."""
+        nontoxic = 1.0 - toxicity
+        if self._config.output != "probability":
+            nontoxic = np.clip(nontoxic, PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
+            nontoxic = np.log(nontoxic) - (np.log1p(-nontoxic) if self._config.output == "logit" else 0.0)
+        return nontoxic.astype(np.float32)
 
     def _toxicity(self, texts: Sequence[str]) -> np.ndarray:
         """`[N] float64`."""

@@ -1,114 +1,216 @@
-"""The reward ensemble behind HTTP: `POST /v1/score` and `GET /healthz`. Texts are never logged or echoed."""
+"""The classifiers behind HTTP, in three formats; texts are never logged, stored or echoed."""
 
 import logging
-from typing import Annotated
+from typing import Any, cast
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 
-from detox_ray.config import RewardConfig
+from detox_ray.config import LAB_PREFIX, ClassifierConfig
+from detox_ray.data.lab import LabPart, lab_path
+from detox_ray.errors import ConfigError
+from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.rewards.ensemble import UNCALIBRATED, with_calibrations
-from detox_ray.serving.reward_app import build_reward_app
+from detox_ray.rewards.revision import model_name, model_revision
+from detox_ray.serving.api_config import ApiConfig, Source, load_keys
+from detox_ray.serving.api_errors import ApiError, api_of, error_response, from_validation
+from detox_ray.serving.api_metrics import ApiMetrics
+from detox_ray.serving.docs_page import docs_page
+from detox_ray.serving.moderations import moderations_router
+from detox_ray.serving.perspective import perspective_router
+from detox_ray.serving.request_gate import ApiKeys, RequestGate, key_digest
+from detox_ray.serving.reward_app import build_reward_app, replica_runtime_env
+from detox_ray.serving.score_format import score_router
+from detox_ray.serving.text_scorer import TextScorer
 
 logger = logging.getLogger(__name__)
 
-MAX_TEXTS = 1000
-MAX_CHARACTERS = 20_000
-
-Text = Annotated[str, StringConstraints(max_length=MAX_CHARACTERS)]
+# What a request may take beyond the classifiers' time: reading, writing, waiting for a replica that was just lost.
+GRACE_S = 5.0
 
 
-class ScoreRequest(BaseModel):
-    """One text or a list of texts."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: Text | None = None
-    texts: list[Text] | None = Field(None, min_length=1, max_length=MAX_TEXTS)
-    toxicity: bool = Field(False, description="also return each classifier's probability of toxicity")
-
-    @model_validator(mode="after")
-    def _one_form(self) -> "ScoreRequest":
-        if (self.text is None) == (self.texts is None):
-            raise ValueError("give either text or texts")
-        return self
-
-
-class TextScore(BaseModel):
-    """What the ensemble says of one text; a higher score is less toxic."""
-
-    score: float
-    per_classifier: dict[str, float]
-    disagreement: float
-    toxicity: dict[str, float] | None = Field(None, description="probability of toxicity by classifier, when asked for")
-
-
-class ScoreResponse(BaseModel):
-    """One result a text, in the order of the request."""
-
-    results: list[TextScore]
-
-
-api = FastAPI(title="detox_ray toxicity API")
-
-
-@api.exception_handler(RequestValidationError)
-async def _invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
-    # FastAPI's own answer repeats the whole input.
-    details = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
-    return JSONResponse({"detail": details}, status_code=422)
-
-
-@serve.ingress(api)
+@serve.ingress()
 class ToxicityApi:
     """The HTTP side of the ensemble."""
 
-    def __init__(self, ensemble: DeploymentHandle) -> None:
+    def __init__(
+        self,
+        ensemble: DeploymentHandle,
+        config: ApiConfig,
+        models: dict[str, dict[str, str]],
+        key_digests: tuple[bytes, ...],
+    ) -> None:
         self._ensemble = ensemble
+        self._config = config
+        self._models = models
+        self._key_digests = key_digests
 
-    @api.post("/v1/score", response_model_exclude_none=True)
-    async def score(self, request: ScoreRequest) -> ScoreResponse:
-        """Scores of the texts; 422 for a malformed request, 503 when a classifier does not answer."""
-        texts = request.texts if request.texts is not None else [request.text or ""]
-        try:
-            scoring = self._ensemble.score.remote(texts)
-            toxicity = await self._ensemble.toxicity.remote(texts) if request.toxicity else {}
-            scores = await scoring
-        except (RayError, RayServeException) as error:
-            logger.error("scoring failed: %s", type(error).__name__)
-            raise HTTPException(503, "a classifier does not answer; try again later") from None
-        results = [
-            TextScore(
-                score=s.reward,
-                per_classifier=s.per_classifier,
-                disagreement=s.disagreement,
-                toxicity={name: float(values[i]) for name, values in toxicity.items()} if toxicity else None,
-            )
-            for i, s in enumerate(scores)
-        ]
-        return ScoreResponse(results=results)
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        metrics = ApiMetrics()
+        scorer = TextScorer(self._ensemble, self._config, metrics)
+        return build_web_app(self._config, scorer, metrics, self._models, self._key_digests)
 
-    @api.get("/healthz")
-    async def healthz(self) -> dict[str, str]:
+
+def build_web_app(
+    config: ApiConfig,
+    scorer: TextScorer,
+    metrics: ApiMetrics,
+    models: dict[str, dict[str, str]],
+    key_digests: tuple[bytes, ...],
+) -> FastAPI:
+    """The routes of all three formats and of operations, behind the gate."""
+    web = FastAPI(title="detox_ray toxicity API", description=_description(config), docs_url=None, redoc_url=None)
+    web.include_router(score_router(config, scorer, models))
+    web.include_router(perspective_router(config, scorer, metrics))
+    web.include_router(moderations_router(config, scorer))
+
+    @web.get("/healthz", tags=["operations"])
+    async def healthz() -> dict[str, str]:
         """200 while this replica takes requests."""
         return {"status": "ok"}
 
+    @web.get("/readyz", tags=["operations"])
+    async def readyz() -> Response:
+        """200 while the classifiers answer."""
+        ready = await scorer.is_ready()
+        return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
 
-def build_http_app(config: RewardConfig) -> serve.Application:
-    """The ensemble with an HTTP ingress; texts are scored as they stand, members with `calibration: fit` uncalibrated.
+    @web.get("/metrics", tags=["operations"])
+    async def prometheus() -> Response:
+        """Counters in Prometheus' format."""
+        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @web.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(docs_page(web.openapi(), config.http.public_url or str(request.base_url)))
+
+    def refusal(request: Request, error: ApiError) -> JSONResponse:
+        api = api_of(request.url.path.removeprefix(request.scope.get("root_path", "")))
+        metrics.refused.labels(api, error.code).inc()
+        return error_response(error, api)
+
+    @web.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> JSONResponse:
+        return refusal(request, error)
+
+    @web.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Of a union pydantic reports every branch; the one it followed farthest is what was meant.
+        return refusal(request, from_validation(max(error.errors(), key=lambda found: len(found["loc"]))))
+
+    @web.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        code, message = {
+            400: ("invalid_json", "the body is not JSON, or nested too deeply"),
+            404: ("not_found", "there is no such path; /docs lists them"),
+            405: ("method_not_allowed", "this path takes another method; /docs lists them"),
+        }.get(error.status_code, ("refused", "the request was refused"))
+        return refusal(request, ApiError(error.status_code, code, message))
+
+    web.add_middleware(RequestGate, limits=config.limits, keys=ApiKeys(key_digests, config.keys), metrics=metrics)
+    if config.http.cors_origins:
+        web.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.http.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key"],
+        )
+    return web
+
+
+def build_http_app(config: ApiConfig) -> serve.Application:
+    """The classifiers with an HTTP ingress; members with `calibration: fit` are served uncalibrated.
 
     Raises:
-        ConfigError, ModelError: as `build_reward_app`.
+        ConfigError, ModelError: a classifier cannot be loaded or has no such label, or there are no keys where the
+            configuration says so.
+        DataError: the lab cannot be built.
     """
-    unfitted = [c.name for c in config.classifiers if c.calibration == "fit"]
+    config = _resolved(config)
+    _check_labels(config)
+    digests = tuple(key_digest(key) for key in load_keys(config.keys))
+    models = {c.name: {"model": model_name(c), "revision": model_revision(c)} for c in config.reward.classifiers}
+    drain_s = config.limits.body_timeout_s + config.limits.timeout_s + GRACE_S
+    deployment = serve.deployment(
+        name="toxicity-api",
+        num_replicas=config.http.replicas,
+        # More than the gate admits, so that it is the gate that refuses, in the caller's format.
+        max_ongoing_requests=4 * config.limits.requests,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_surge_percent=100,
+        ray_actor_options={"num_cpus": 0, "runtime_env": replica_runtime_env()},
+    )
+    scaling = {
+        name: {
+            "min_replicas": scale.min,
+            "max_replicas": scale.max,
+            "target_ongoing_requests": scale.target_ongoing_requests,
+        }
+        for name, scale in config.replicas.items()
+    }
+    return deployment(ToxicityApi).bind(build_reward_app(config.reward, scaling, drain_s), config, models, digests)
+
+
+def _resolved(config: ApiConfig) -> ApiConfig:
+    """`config` with the lab's folders, calibrations and the service's time limit in its reward section."""
+    reward = config.reward
+    unfitted = [c.name for c in reward.classifiers if c.calibration == "fit"]
     if unfitted:
         logger.warning("no calibration for %s: their scores are raw; use the config.yaml of a run", ", ".join(unfitted))
-    served = with_calibrations(config, dict.fromkeys(unfitted, UNCALIBRATED)).model_copy(update={"text": "response"})
-    deployment = serve.deployment(name="toxicity-api", max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
-    return deployment(ToxicityApi).bind(build_reward_app(served))
+    reward = with_calibrations(reward, dict.fromkeys(unfitted, UNCALIBRATED))
+    classifiers = [_resolved_classifier(c, config) for c in reward.classifiers]
+    # Later than the service's own limit, so that it is that one the answer names.
+    timeout_s = config.limits.timeout_s + GRACE_S
+    update = {"classifiers": classifiers, "text": "response", "timeout_s": timeout_s}
+    return config.model_copy(update={"reward": reward.model_copy(update=update)})
+
+
+def _resolved_classifier(classifier: ClassifierConfig, config: ApiConfig) -> ClassifierConfig:
+    update: dict[str, Any] = {}
+    if classifier.model.startswith(LAB_PREFIX):
+        part = classifier.model.removeprefix(LAB_PREFIX)
+        if part not in ("classifier", "linear"):
+            raise ConfigError(f"classifier {classifier.name!r}: {classifier.model!r} is no classifier of the lab")
+        update["model"] = str(lab_path(cast(LabPart, part)))
+    if classifier.name in config.replicas:
+        update["replicas"] = config.replicas[classifier.name].max
+    return classifier.model_copy(update=update)
+
+
+def _check_labels(config: ApiConfig) -> None:
+    """Raises ConfigError when an attribute or a category names a label that its classifier does not have."""
+    by_name = {c.name: c for c in config.reward.classifiers}
+    sources: dict[str, Source] = {f"attributes.{name}": source for name, source in config.attributes.items()}
+    sources |= {f"categories.{name}": source for name, source in config.categories.items()}
+    for key, source in sources.items():
+        if source.classifier is None or source.label is None:
+            continue
+        classifier = by_name[source.classifier]
+        if classifier.kind != "transformers":
+            raise ConfigError(f"{key}.label={source.label!r}: {classifier.name!r} has one probability and no labels")
+        try:
+            check_classifier(classifier.model_copy(update={"label": source.label}))
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+
+def _description(config: ApiConfig) -> str:
+    limits = config.limits
+    return (
+        f"Toxicity of texts by {', '.join(c.name for c in config.reward.classifiers)}. "
+        f"A request holds at most {limits.request_bytes:,} bytes of JSON in UTF-8 and {limits.texts:,} texts of "
+        f"{limits.characters:,} characters; longer texts than a classifier reads at once are read in overlapping "
+        "windows, and the header X-Text-Windows says in how many. "
+        f"Perspective attributes: {', '.join(config.attributes)}. "
+        f"Categories of the moderations format: {', '.join(config.categories)}. "
+        "A refused request has a JSON error with a code, the field and the limit, in the format of the API called; "
+        "429 comes with Retry-After. Texts are not logged and not stored."
+    )

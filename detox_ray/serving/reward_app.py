@@ -9,9 +9,9 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import ray
@@ -23,7 +23,7 @@ from ray.serve.schema import ApplicationStatus
 
 from detox_ray.config import Calibration, ClassifierConfig, RewardConfig
 from detox_ray.errors import DetoxError, RewardError
-from detox_ray.records import Score
+from detox_ray.records import Readings, Score
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rewards.ensemble import (
     UNCALIBRATED,
@@ -33,8 +33,13 @@ from detox_ray.rewards.ensemble import (
     fit_calibration,
     with_calibrations,
 )
+from detox_ray.serving.texts import texts_to_read
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# (member, its answer, number of texts) -> the answer, or RewardError.
+Check = Callable[[str, Any, int], T]
 
 ENSEMBLE = "ensemble"
 # Two OpenMP threads beside another busy process are slower than one.
@@ -68,6 +73,10 @@ class ClassifierDeployment:
         """Probabilities of toxicity."""
         return self._classifier.toxicity(texts).tolist()
 
+    def read(self, texts: list[str]) -> Readings:
+        """Score, toxicity and labels of texts of any length."""
+        return self._classifier.read(texts)
+
 
 class EnsembleDeployment:
     """Asks all classifiers at once and makes one Score of their answers; holds no state."""
@@ -97,37 +106,44 @@ class EnsembleDeployment:
 
     async def raw_scores(self, texts: list[str], prompts: list[str] | None = None) -> dict[str, np.ndarray]:
         """The uncalibrated scores of each member, `[N] float32`; raises RewardError as `score`."""
-        return await self._ask_all("score", texts_to_read(texts, prompts, self._config))
+        parts = await self._ask_all("score", texts_to_read(texts, prompts, self._config), _checked)
+        return {name: np.concatenate(scores) for name, scores in parts.items()}
 
     async def toxicity(self, texts: list[str]) -> dict[str, np.ndarray]:
         """Each member's probability of toxicity of the texts alone, `[N] float32`; raises RewardError as `score`."""
-        return await self._ask_all("toxicity", texts)
+        parts = await self._ask_all("toxicity", texts, _checked)
+        return {name: np.concatenate(toxicity) for name, toxicity in parts.items()}
 
-    async def _ask_all(self, method: str, texts: list[str]) -> dict[str, np.ndarray]:
+    async def read(self, texts: list[str]) -> dict[str, list[Readings]]:
+        """Each member's readings of `texts` as they stand, in one or more parts; raises RewardError as `score`."""
+        return await self._ask_all("read", texts, _checked_readings)
+
+    async def _ask_all(self, method: str, texts: list[str], check: Check[T]) -> dict[str, list[T]]:
         deadline = time.monotonic() + self._config.timeout_s
         members = self._config.classifiers
-        answers = await asyncio.gather(*(self._ask_replicas(member, method, texts, deadline) for member in members))
+        answers = await asyncio.gather(
+            *(self._ask_replicas(member, method, texts, check, deadline) for member in members)
+        )
         return {member.name: answer for member, answer in zip(members, answers, strict=True)}
 
     async def _ask_replicas(
-        self, member: ClassifierConfig, method: str, texts: list[str], deadline: float
-    ) -> np.ndarray:
-        """One member's answer, from as many of its replicas as there are full batches for."""
+        self, member: ClassifierConfig, method: str, texts: list[str], check: Check[T], deadline: float
+    ) -> list[T]:
+        """One member's answer in parts, from as many of its replicas as there are full batches for."""
         parts = max(1, min(member.replicas, math.ceil(len(texts) / member.batch_size)))
         size = max(1, math.ceil(len(texts) / parts))
         starts = range(0, max(1, len(texts)), size)
-        answers = await asyncio.gather(
-            *(self._ask(member.name, method, texts[start : start + size], deadline) for start in starts)
+        return await asyncio.gather(
+            *(self._ask(member.name, method, texts[start : start + size], check, deadline) for start in starts)
         )
-        return np.concatenate(answers)
 
-    async def _ask(self, name: str, method: str, texts: list[str], deadline: float) -> np.ndarray:
+    async def _ask(self, name: str, method: str, texts: list[str], check: Check[T], deadline: float) -> T:
         """One replica's answer: errors are retried `retries` times, a lost replica is waited for until `deadline`."""
         failures = 0
         while (left_s := deadline - time.monotonic()) > 0:
             response = getattr(self._members[name], method).remote(texts)
             try:
-                return _checked(name, await asyncio.wait_for(_answer(response), left_s), len(texts))
+                return check(name, await asyncio.wait_for(_answer(response), left_s), len(texts))
             except (RayTaskError, RewardError) as error:
                 cause = _cause(error)
                 failures += 1
@@ -225,39 +241,27 @@ class RewardClient:
         return cast(DeploymentResponse, self._handle.score.remote(texts, prompts, self._calibrations))
 
 
-def texts_to_read(texts: list[str], prompts: list[str] | None, config: RewardConfig) -> list[str]:
-    """What the classifiers read: the responses, or each prompt with its response.
-
-    Raises:
-        RewardError: the configuration wants prompts and there are none, or not as many as responses.
-    """
-    if config.text == "response":
-        return texts
-    if prompts is None or len(prompts) != len(texts):
-        raise RewardError(
-            f"reward.text=prompt_and_response needs a prompt for each of the {len(texts)} responses, "
-            f"got {'none' if prompts is None else len(prompts)}"
-        )
-    return [_join(prompt, response) for prompt, response in zip(prompts, texts, strict=True)]
-
-
-def build_reward_app(config: RewardConfig) -> serve.Application:
+def build_reward_app(
+    config: RewardConfig, scaling: Mapping[str, Mapping[str, Any]] | None = None, drain_s: float = 5.0
+) -> serve.Application:
     """The Serve application; its ingress is the ensemble, for handles only.
+
+    `scaling` holds Serve's `autoscaling_config` of the members that have one, whose `replicas` are then the most to
+    spread a list over; a replica that is stopped gets `drain_s` to finish what it has begun.
 
     Raises:
         ConfigError, ModelError: a classifier cannot be loaded, as far as `check_classifier` can tell.
     """
     for classifier in config.classifiers:
         check_classifier(classifier)
-    runtime_env = _replica_runtime_env()
+    runtime_env = replica_runtime_env()
+    scaling = scaling or {}
     members = {
         c.name: serve.deployment(
             name=f"classifier-{c.name}",
-            num_replicas=c.replicas,
             max_ongoing_requests=1,
-            health_check_period_s=2,
-            graceful_shutdown_timeout_s=5,
-            graceful_shutdown_wait_loop_s=0.2,
+            **_lifecycle(drain_s),
+            **({"autoscaling_config": scaling[c.name]} if c.name in scaling else {"num_replicas": c.replicas}),
             max_constructor_retry_count=2,
             ray_actor_options={"num_cpus": c.num_cpus, "num_gpus": c.num_gpus, "runtime_env": runtime_env},
         )(ClassifierDeployment).bind(c)
@@ -266,9 +270,7 @@ def build_reward_app(config: RewardConfig) -> serve.Application:
     return serve.deployment(
         name=ENSEMBLE,
         max_ongoing_requests=100,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=5,
-        graceful_shutdown_wait_loop_s=0.2,
+        **_lifecycle(drain_s),
         ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
     )(EnsembleDeployment).bind(config, members)
 
@@ -337,17 +339,28 @@ def _wait_until_running(app_name: str) -> None:
         time.sleep(0.1)
 
 
-def _replica_runtime_env() -> dict[str, Any]:
+def _lifecycle(drain_s: float) -> dict[str, Any]:
+    """Deployment options: an update starts new replicas before it stops the old ones."""
+    return {
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": drain_s,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "max_surge_percent": 100,
+        "logging_config": QUIET,
+    }
+
+
+def replica_runtime_env() -> dict[str, Any]:
     """The job's runtime environment plus ours; Serve does not merge the two itself."""
     job: Mapping[str, Any] = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
     return {**job, "env_vars": {**job.get("env_vars", {}), **REPLICA_ENV}}
 
 
-async def _answer(response: DeploymentResponse) -> list[float]:
+async def _answer(response: DeploymentResponse) -> Any:
     return await response
 
 
-def _checked(name: str, values: list[float], expected: int) -> np.ndarray:
+def _checked(name: str, values: Sequence[float] | np.ndarray, expected: int) -> np.ndarray:
     """`values` as `[expected] float32`; raises RewardError unless there are as many and all are finite."""
     scores = np.asarray(values, dtype=np.float32)
     if scores.shape != (expected,):
@@ -357,10 +370,11 @@ def _checked(name: str, values: list[float], expected: int) -> np.ndarray:
     return scores
 
 
-def _join(prompt: str, response: str) -> str:
-    """Prompt and response as one text; a decoded response has often lost the space it began with."""
-    glued = prompt and response and not prompt[-1].isspace() and response[0].isalnum()
-    return f"{prompt} {response}" if glued else prompt + response
+def _checked_readings(name: str, readings: Readings, expected: int) -> Readings:
+    """`readings`, when every value in them is a finite number for each of `expected` texts, else RewardError."""
+    for values in (readings.score, readings.toxicity, *readings.labels.values()):
+        _checked(name, values, expected)
+    return readings
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -38,3 +38,8 @@ def constant(texts):
 
 def length(texts):
     return np.array([min(len(text), 100) / 100 for text in texts])
+
+
+def a_second(texts):
+    time.sleep(1)
+    return rude_words(texts)

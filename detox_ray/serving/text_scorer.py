@@ -1,0 +1,192 @@
+"""From texts to what every classifier says of them: cache, queue bound, batches, time limit."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from detox_ray.config import RewardConfig
+from detox_ray.records import Readings, Score
+from detox_ray.rewards.ensemble import aggregate, calibrate, calibrations
+from detox_ray.serving.api_config import ApiConfig, Source
+from detox_ray.serving.api_errors import ApiError, invalid
+from detox_ray.serving.api_metrics import ApiMetrics
+from detox_ray.serving.batcher import TextBatcher
+from detox_ray.serving.result_cache import ResultCache
+from detox_ray.serving.reward_app import RESTART_POLL_S
+from detox_ray.serving.texts import Span, sentence_spans
+
+logger = logging.getLogger(__name__)
+
+# Nobody is told to come back later than this; the queue may be empty again long before.
+LONGEST_RETRY_S = 30.0
+PROBE = "thank you"
+PROBE_TIMEOUT_S = 5.0
+# So long after the last answer the classifiers count as ready without being asked.
+READY_FOR_S = 10.0
+
+
+@dataclass(frozen=True)
+class TextReading:
+    """What every classifier says of one text, by its name."""
+
+    scores: dict[str, float]
+    toxicity: dict[str, float]
+    labels: dict[str, dict[str, float]]
+    windows: dict[str, int]
+
+
+class TextScorer:
+    """Reads texts through the ensemble's handle, for all APIs of one HTTP replica."""
+
+    def __init__(self, ensemble: DeploymentHandle, config: ApiConfig, metrics: ApiMetrics) -> None:
+        self._ensemble = ensemble
+        self._config = config
+        self._limits = config.limits
+        self._metrics = metrics
+        self._cache: ResultCache[TextReading] = ResultCache(config.cache_texts)
+        self._batches = TextBatcher(self._read, config.batching.texts, config.batching.in_flight)
+        self._queued = 0
+        self._seconds_per_text = 0.01
+        self._last_answer = -READY_FOR_S
+
+    async def read(self, texts: Sequence[str], remember: bool = True) -> list[TextReading]:
+        """One reading a text; `remember` says whether the cache may keep it.
+
+        Raises:
+            ApiError: 429 when too many texts are under way, 503 when a classifier fails, 504 when it takes too long.
+        """
+        self._metrics.texts.inc(len(texts))
+        found = [self._cache.get(text) for text in texts]
+        # A text that is in the request twice is read once.
+        missing = list(dict.fromkeys(text for text, reading in zip(texts, found, strict=True) if reading is None))
+        self._metrics.cache_hits.inc(sum(reading is not None for reading in found))
+        if not missing:
+            return [reading for reading in found if reading is not None]
+        fresh = dict(zip(missing, await self._answers(missing), strict=True))
+        if remember:
+            for text, reading in fresh.items():
+                self._cache.put(text, reading)
+        return [reading or fresh[text] for text, reading in zip(texts, found, strict=True)]
+
+    async def read_with_spans(
+        self, read_as: Sequence[str], texts: Sequence[str], spans: bool, remember: bool = True
+    ) -> tuple[list[TextReading], list[list[tuple[Span, TextReading]]]]:
+        """Readings of `read_as`, and with `spans` those of every sentence of `texts` (else empty lists).
+
+        Raises:
+            ApiError: as `read`; 422 when there are more spans than can ever be queued.
+        """
+        where = [sentence_spans(text, self._limits.spans) if spans else [] for text in texts]
+        parts = [text[begin:end] for text, found in zip(texts, where, strict=True) for begin, end in found]
+        most = self._limits.queued_texts
+        if len(read_as) + len(parts) > most:
+            message = f"{len(read_as)} texts have {len(parts)} spans; together at most {most}: send fewer texts"
+            raise invalid("too_many_spans", message, "spans", most)
+        readings = iter(await self.read([*read_as, *parts], remember))
+        whole = [next(readings) for _ in read_as]
+        return whole, [[(span, next(readings)) for span in found] for found in where]
+
+    async def is_ready(self) -> bool:
+        """Whether the classifiers answer, or did a moment ago."""
+        if time.monotonic() - self._last_answer < READY_FOR_S:
+            return True
+        try:
+            await asyncio.wait_for(self._read([PROBE]), PROBE_TIMEOUT_S)
+        except (TimeoutError, ApiError):
+            return False
+        return True
+
+    async def _answers(self, texts: list[str]) -> list[TextReading]:
+        most = self._limits.queued_texts
+        if self._queued and self._queued + len(texts) > most:
+            wait_s = min(LONGEST_RETRY_S, self._queued * self._seconds_per_text)
+            message = f"{self._queued} texts are under way and at most {most} may be; try again later"
+            raise ApiError(429, "queue_full", message, limit=most, retry_after_s=wait_s)
+        self._queue(len(texts))
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                return await self._batches(texts)
+        except TimeoutError:
+            message = f"the classifiers did not answer within {self._limits.timeout_s:g} s; send fewer or shorter texts"
+            raise ApiError(504, "timeout", message, limit=self._limits.timeout_s) from None
+        finally:
+            self._queue(-len(texts))
+
+    def _queue(self, texts: int) -> None:
+        self._queued += texts
+        self._metrics.queued.set(self._queued)
+
+    async def _read(self, texts: list[str]) -> list[TextReading]:
+        """The readings of one batch."""
+        start = time.monotonic()
+        readings = text_readings(await self._ask(texts, start + self._limits.timeout_s))
+        self._last_answer = time.monotonic()
+        seconds = self._last_answer - start
+        self._seconds_per_text += 0.2 * (seconds / len(texts) - self._seconds_per_text)
+        self._metrics.batch_texts.observe(len(texts))
+        self._metrics.batch_seconds.observe(seconds)
+        self._metrics.windows.inc(sum(max(r.windows.values()) for r in readings if max(r.windows.values()) > 1))
+        return readings
+
+    async def _ask(self, texts: list[str], deadline: float) -> dict[str, list[Readings]]:
+        """The ensemble's answer; an ensemble that is lost is asked again until `deadline`."""
+        while True:
+            try:
+                return await self._ensemble.read.remote(texts)
+            except (RayError, RayServeException) as error:
+                if isinstance(error, TaskCancelledError):
+                    raise
+                # Its message may quote a text.
+                logger.error("scoring failed: %s", type(error).__name__)
+                if isinstance(error, RayTaskError) or time.monotonic() + RESTART_POLL_S > deadline:
+                    message = "a classifier does not answer; try again later"
+                    raise ApiError(503, "classifier_unavailable", message, retry_after_s=1) from None
+                await asyncio.sleep(RESTART_POLL_S)
+
+
+def text_readings(parts: dict[str, list[Readings]]) -> list[TextReading]:
+    """What the ensemble's `read` returned, one record a text."""
+    scores = {name: np.concatenate([part.score for part in found]).tolist() for name, found in parts.items()}
+    toxicity = {name: np.concatenate([part.toxicity for part in found]).tolist() for name, found in parts.items()}
+    windows = {name: np.concatenate([part.windows for part in found]).tolist() for name, found in parts.items()}
+    labels = {
+        name: {label: np.concatenate([part.labels[label] for part in found]).tolist() for label in found[0].labels}
+        for name, found in parts.items()
+    }
+    return [
+        TextReading(
+            scores={name: values[i] for name, values in scores.items()},
+            toxicity={name: values[i] for name, values in toxicity.items()},
+            labels={name: {label: values[i] for label, values in found.items()} for name, found in labels.items()},
+            windows={name: values[i] for name, values in windows.items()},
+        )
+        for i in range(len(next(iter(windows.values()))))
+    ]
+
+
+def ensemble_scores(readings: Sequence[TextReading], config: RewardConfig) -> list[Score]:
+    """The ensemble's score of each reading, as training computes it."""
+    scale = calibrations(config)
+    scores = {name: np.array([reading.scores[name] for reading in readings]) for name in scale}
+    return aggregate({name: calibrate(values, scale[name]) for name, values in scores.items()}, config)
+
+
+def probability(reading: TextReading, source: Source) -> float:
+    """The probability that `source` names: of a label, of a classifier's toxicity, or the mean toxicity of all."""
+    if source.classifier is None:
+        return sum(reading.toxicity.values()) / len(reading.toxicity)
+    if source.label is None:
+        return reading.toxicity[source.classifier]
+    return reading.labels[source.classifier][source.label]
+
+
+def most_windows(readings: Sequence[TextReading]) -> int:
+    """The most windows any classifier needed for one of the texts."""
+    return max(max(reading.windows.values()) for reading in readings)

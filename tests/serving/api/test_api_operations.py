@@ -1,0 +1,245 @@
+"""Queue, keys, cache, batches, metrics, lost replicas and updates of the running service."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+
+from detox_ray.serving.api_config import ApiConfig
+from detox_ray.serving.http_api import build_http_app
+
+from .conftest import linear
+
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("local_ray")]
+
+RUDE = "you are a stupid idiot"
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+
+def test_health_readiness_and_docs(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+    page = client.get("/docs").text
+    assert "http://" not in page.replace(str(client.base_url), "")
+    assert "https://" not in page
+    schema = client.get("/openapi.json").json()
+    posts = {path: operation["post"] for path, operation in schema["paths"].items() if "post" in operation}
+    assert len(posts) == 4
+    for path, operation in posts.items():
+        assert f"POST {path}" in page
+        # No other error is promised than those there are.
+        assert set(operation["responses"]) == {"200", "default"}
+        examples = operation["requestBody"]["content"]["application/json"]["examples"]
+        for example in examples.values():
+            assert client.post(path, json=example["value"]).status_code == 200
+
+
+def test_single_texts_are_put_together(client: httpx.Client) -> None:
+    calls, texts = metric(client, "detox_batch_texts_count"), metric(client, "detox_batch_texts_sum")
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: client.post("/v1/score", json={"text": f"{RUDE} {i}"}), range(96)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert metric(client, "detox_batch_texts_sum") - texts == 96
+    assert metric(client, "detox_batch_texts_count") - calls < 60
+
+
+def test_a_text_seen_before_comes_from_the_cache(client: httpx.Client) -> None:
+    first = client.post("/v1/score", json={"texts": ["plover", "plover"]}).json()
+    read, hits = metric(client, "detox_batch_texts_sum"), metric(client, "detox_cache_hits_total")
+    again = client.post("/v1/score", json={"texts": ["plover", "plover"]}).json()
+    assert again == first
+    assert metric(client, "detox_batch_texts_sum") == read
+    assert metric(client, "detox_cache_hits_total") == hits + 2
+
+
+def test_do_not_store_keeps_a_text_out_of_the_cache(client: httpx.Client) -> None:
+    request = {"comment": {"text": "plugh"}, "requestedAttributes": {"TOXICITY": {}}, "doNotStore": True}
+    client.post("/v1alpha1/comments:analyze", json=request)
+    read = metric(client, "detox_batch_texts_sum")
+    client.post("/v1alpha1/comments:analyze", json=request)
+    assert metric(client, "detox_batch_texts_sum") == read + 1
+
+
+def test_a_full_queue_says_when_to_come_back(deploy: Callable[..., str]) -> None:
+    limits = {"texts": 2, "spans": 1, "queued_texts": 3, "timeout_s": 20}
+    address = deploy([linear("slow", "faulty:a_second")], limits=limits, cache_texts=0)
+    paths = {
+        "/v1/score": lambda i: {"text": f"{i}"},
+        "/v1/moderations": lambda i: {"input": f"{i}"},
+        "/v1alpha1/comments:analyze": lambda i: {"comment": {"text": f"{i}"}, "requestedAttributes": {"TOXICITY": {}}},
+    }
+    with httpx.Client(base_url=address, timeout=60) as asking, ThreadPoolExecutor(24) as pool:
+        requests = [(path, body(i)) for i in range(8) for path, body in paths.items()]
+        answers = list(pool.map(lambda request: asking.post(request[0], json=request[1]), requests))
+        assert {answer.status_code for answer in answers} == {200, 429}
+        for answer in answers:
+            if answer.status_code == 429:
+                assert 1 <= int(answer.headers["retry-after"]) <= 30
+                assert "error" in answer.json()
+        assert metric(asking, "detox_queued_texts") == 0
+
+
+def test_the_http_section_and_a_classifier_that_is_too_slow(deploy: Callable[..., str]) -> None:
+    http = {"cors_origins": ["https://example.org"], "public_url": "https://toxicity.example.org"}
+    address = deploy([linear("slow", "faulty:slow")], limits={"timeout_s": 1}, http=http)
+    page = httpx.get(f"{address}/$discovery/rest", headers={"origin": "https://example.org"}, timeout=30)
+    assert page.headers["access-control-allow-origin"] == "https://example.org"
+    assert page.json()["rootUrl"] == "https://toxicity.example.org/"
+    ours = httpx.post(f"{address}/v1/score", json={"text": "a"}, timeout=30)
+    assert (ours.status_code, ours.json()["error"]["limit"]) == (504, 1)
+    request = {"comment": {"text": "b"}, "requestedAttributes": {"TOXICITY": {}}}
+    theirs = httpx.post(f"{address}/v1alpha1/comments:analyze", json=request, timeout=30)
+    assert (theirs.status_code, theirs.json()["error"]["status"]) == (504, "DEADLINE_EXCEEDED")
+
+
+def test_keys_of_the_running_service(deploy: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYS_OF_A_TEST", "right,other")
+    keys = {"environment": "KEYS_OF_A_TEST", "requests_per_second": 0.01, "burst": 3}
+    address = deploy([linear("rude_words", "faulty:rude_words")], keys=keys)
+    with httpx.Client(base_url=address, timeout=30) as asking:
+        body = {"text": RUDE}
+        assert asking.post("/v1/score", json=body).status_code == 401
+        assert asking.get("/metrics").status_code == 401
+        assert asking.get("/healthz").status_code == 200
+        assert (
+            asking.get("/$discovery/rest", params={"version": "v1alpha1", "key": "right"}).json()["rootUrl"]
+            == f"{address}/"
+        )
+        assert [asking.post("/v1/score?key=right", json=body).status_code for _ in range(4)] == [200, 200, 200, 429]
+        assert asking.post("/v1/score", json=body, headers={"authorization": "Bearer other"}).status_code == 200
+        assert "access-control-allow-origin" not in asking.get("/healthz", headers={"origin": "https://e.org"}).headers
+
+
+@contextmanager
+def load(address: str, body: dict, threads: int = 4) -> Iterator[list[tuple[int, str]]]:
+    """Clients that ask without pause, each time a text of their own; yields their statuses and what is not a 200."""
+    answers: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def ask(number: int) -> None:
+        count = 0
+        with httpx.Client(base_url=address, timeout=60) as asking:
+            while not stop.is_set():
+                count += 1
+                try:
+                    response = asking.post("/v1/score", json={"text": f"{body['text']} {number} {count}"})
+                    score = response.json()["results"][0]["score"] if response.status_code == 200 else None
+                    answers.append((response.status_code, response.text if score is None else f"{score:.3f}"))
+                except httpx.HTTPError as error:
+                    answers.append((0, type(error).__name__))
+
+    workers = [threading.Thread(target=ask, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join(90)
+
+
+def wait_for(answers: list, more: int) -> None:
+    deadline, enough = time.monotonic() + 60, len(answers) + more
+    while len(answers) < enough:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("deployment", ["classifier-rude_words", "ensemble"])
+def test_a_killed_replica_under_load_costs_only_time(deploy: Callable[..., str], deployment: str) -> None:
+    address = deploy([linear("rude_words", "faulty:rude_words")], cache_texts=0)
+    with load(address, {"text": RUDE}) as answers:
+        wait_for(answers, 20)
+        title = f"ServeReplica:one:{deployment}"
+        [process] = [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
+        process.kill()
+        wait_for(answers, 40)
+    # 1 - 0.9, whatever happened.
+    assert set(answers) == {(200, "0.100")}
+
+
+def test_an_update_under_load_fails_no_request(deploy: Callable[..., str]) -> None:
+    members = [linear("rude_words", "faulty:rude_words")]
+    address = deploy(members, cache_texts=0)
+    with load(address, {"text": RUDE}) as answers:
+        wait_for(answers, 20)
+        deploy(members, cache_texts=0, batching={"texts": 8})
+        wait_for(answers, 20)
+        deploy([*members, linear("constant", "faulty:constant")], cache_texts=0)
+        wait_for(answers, 20)
+    assert {status for status, _ in answers} == {200}
+    # One member before, the mean of two after.
+    assert {score for _, score in answers} == {"0.100", "0.300"}
+
+
+SERVE = """
+from detox_ray.config import ClassifierConfig, RewardConfig
+from detox_ray.serving.api_config import ApiConfig
+from detox_ray.serving.serve_api import serve_api
+slow = ClassifierConfig(name="slow", kind="linear", model="faulty:slow", output="probability")
+config = {"reward": RewardConfig(classifiers=[slow]), "http": {"port": PORT}, "ray": {"num_cpus": 1}}
+serve_api(ApiConfig.model_validate(config), on_ready=lambda address: print(address, flush=True))
+"""
+
+
+def test_a_port_that_is_taken_is_said_at_once(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    code = f"""
+from detox_ray.serving.api_config import load_api_config
+from detox_ray.serving.serve_api import serve_api
+serve_api(load_api_config(None, ["http.port={port}"]), on_ready=print)
+"""
+    service = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert f"ConfigError: http.host=127.0.0.1 http.port={port}: " in service.stderr
+
+
+def test_the_foreground_service_finishes_what_it_has_begun(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = SERVE.replace("PORT", str(port))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, cwd=tmp_path
+        ) as service,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        try:
+            assert service.stdout is not None
+            assert service.stdout.readline().decode().strip() == f"http://127.0.0.1:{port}"
+            body = {"text": RUDE}
+            answer = pool.submit(httpx.post, f"http://127.0.0.1:{port}/v1/score", json=body, timeout=60)
+            time.sleep(1)
+            service.terminate()
+            assert answer.result().status_code == 200
+            assert service.wait(60) == 0
+        finally:
+            service.kill()
+
+
+def test_the_embedded_service_works_offline(address: str) -> None:
+    serve.run(build_http_app(ApiConfig()), name="embedded", route_prefix="/embedded")
+    try:
+        body = {"comment": {"text": RUDE}, "requestedAttributes": {"TOXICITY": {}}}
+        response = httpx.post(f"{address}/embedded/v1alpha1/comments:analyze", json=body, timeout=60)
+        assert response.json()["attributeScores"]["TOXICITY"]["summaryScore"]["value"] > 0.5
+    finally:
+        serve.delete("embedded")
