@@ -142,7 +142,7 @@ def _trl_python() -> Path:
 
 def _config(options: argparse.Namespace, scratch: Path) -> Any:
     """Our run's configuration, as a user would write it."""
-    from detox_ray.config import parse_config
+    from detox_ray.config_file import parse_config
     from detox_ray.data.lab import lab_path
 
     steps = options.warmup + options.steps

@@ -4,7 +4,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from detox_ray.config import Config, load_config
+from detox_ray.config import Config
+from detox_ray.config_file import load_config
 from detox_ray.errors import ConfigError, DataError, DetoxError, ModelError, RewardError, SyncError
 
 # Ray and the tokenizers read these when they are imported.

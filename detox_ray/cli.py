@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from detox_ray.config import dump_config, load_config
+from detox_ray.config_file import dump_config, load_config
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.meter_config import load_scorers
 

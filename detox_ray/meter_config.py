@@ -10,7 +10,6 @@ from detox_ray.config import (
     Config,
     DataConfig,
     EvaluationConfig,
-    Overrides,
     PolicyConfig,
     RayConfig,
     ResponseColumns,
@@ -18,9 +17,8 @@ from detox_ray.config import (
     Section,
     absolute_path,
     make_classifier_absolute,
-    parse_section,
-    read_tree,
 )
+from detox_ray.config_file import Overrides, parse_section, read_tree
 from detox_ray.data.sources import FILE_SUFFIXES
 from detox_ray.errors import ConfigError
 from detox_ray.run_folder import RunFolder

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from detox_ray import errors
-from detox_ray.config import Config, PolicyConfig, RewardConfig, dump_config, parse_config
+from detox_ray.config import Config, PolicyConfig, RewardConfig
+from detox_ray.config_file import dump_config, parse_config
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE, STEPS_FILE, write_atomically
 

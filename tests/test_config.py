@@ -6,7 +6,7 @@ import yaml
 
 from detox_ray import ConfigError, load_config
 from detox_ray.cluster import check_resources, cpus_needed
-from detox_ray.config import dump_config, parse_config
+from detox_ray.config_file import dump_config, parse_config
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[1]

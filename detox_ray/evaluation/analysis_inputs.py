@@ -16,7 +16,8 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from detox_ray.config import Config, PolicyConfig, load_config
+from detox_ray.config import Config, PolicyConfig
+from detox_ray.config_file import load_config
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.prompts import start_ids
 from detox_ray.errors import DataError, ModelError

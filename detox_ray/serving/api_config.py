@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from detox_ray.config import ClassifierConfig, RayConfig, RewardConfig, Section, parse_config, parse_section, read_tree
+from detox_ray.config import ClassifierConfig, RayConfig, RewardConfig, Section
+from detox_ray.config_file import parse_config, parse_section, read_tree
 from detox_ray.errors import ConfigError
 
 Category = Literal[

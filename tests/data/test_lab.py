@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from sklearn.feature_extraction.text import HashingVectorizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from detox_ray.config import DataConfig, parse_config
+from detox_ray.config import DataConfig
+from detox_ray.config_file import parse_config
 from detox_ray.data import lab, lab_models
 from detox_ray.data.lab import build_lab, lab_path, remove_lab, resolve_lab
 from detox_ray.data.lab_text import TOPICS, exchanges

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from detox_ray.config import LoraConfig, PolicyConfig, dump_config, parse_config
+from detox_ray.config import LoraConfig, PolicyConfig
+from detox_ray.config_file import dump_config, parse_config
 from detox_ray.errors import ConfigError, DataError, ModelError
 from detox_ray.evaluation import analysis_sections as sections
 from detox_ray.evaluation.analysis import Limits, analyze, token_statistics

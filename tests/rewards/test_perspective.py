@@ -17,7 +17,8 @@ import pytest
 import yaml
 from perspective_server import KEY, KNOWN, PerspectiveServer, published_error, score
 
-from detox_ray.config import ClassifierConfig, dump_config, parse_config
+from detox_ray.config import ClassifierConfig
+from detox_ray.config_file import dump_config, parse_config
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards import perspective_client
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
