@@ -16,7 +16,7 @@ from rich.table import Table as TerminalTable
 from detox_ray.data.cases import CaseColumns
 from detox_ray.evaluation import audit_tables
 from detox_ray.evaluation.audit_tables import group_figure
-from detox_ray.evaluation.group_toxicity import PolicyAudit
+from detox_ray.evaluation.group_toxicity import NO_GROUP, PolicyAudit
 from detox_ray.evaluation.markdown import markdown_table, plain
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.evaluation.scorer_audit import SMALL_CELL, TOLERATED_RATE, ScorerAudit, criterion
@@ -119,10 +119,11 @@ def title(audit: Audit) -> str:
 
 def setting(audit: Audit) -> str:
     """What was audited, in one sentence."""
-    groups = len(audit.scorers[0].by_group) if audit.scorers else 0
+    groups = sum(group != NO_GROUP for group in audit.scorers[0].by_group)
     left_out = sum(audit.left_out.values())
     return (
-        f"{audit.cases:,} cases of {audit.source}, {audit.toxic:,} of them toxic, in {groups} groups; "
+        f"{audit.cases:,} cases of {audit.source}, {audit.toxic:,} of them toxic, "
+        f"on {groups} {'group' if groups == 1 else 'groups'}; "
         f"{f'{left_out:,} rows left out' if left_out else 'no row left out'}. "
         f"A text is judged toxic from {TOXIC_THRESHOLD:g} on."
     )

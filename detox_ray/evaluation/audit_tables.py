@@ -25,6 +25,7 @@ from detox_ray.evaluation.tables import NOTHING, Cell, Column, Row, Table
 GROUPS_DRAWN = 16
 _NAME_LENGTH = 20  # characters of a group's name beside its dots
 SMALL_MARK = "*"
+RELIABLE_MARK = "\N{BLACK UP-POINTING TRIANGLE}"
 SMALL_NOTE = f"{SMALL_MARK} fewer than {SMALL_CELL}: read the interval, not the rate."
 FALSE_POSITIVES = "False positives: non-toxic cases judged toxic"
 FALSE_NEGATIVES = "False negatives: toxic cases not judged toxic"
@@ -99,7 +100,7 @@ def group_figure(scorers: Sequence[ScorerAudit], functionalities: Sequence[str])
             hovertemplate="%{customdata[0]}: %{customdata[1]} of %{customdata[2]} (%{x:.1f}%)",
         )
     kind = mention_kind(functionalities)
-    figure.update_xaxes(title_text=f"{kind} judged toxic, %", range=[-2, 102])
+    figure.update_xaxes(title_text="judged toxic, %", range=[-2, 102])
     figure.update_yaxes(
         tickvals=list(range(len(drawn))),
         ticktext=[escaped(_shortened(group)) for group in drawn],
@@ -179,7 +180,7 @@ def _mention_table(scorer: ScorerAudit, functionalities: Sequence[str]) -> Table
 def _mention_note(mention: Mention, rows: Sequence[Row]) -> str:
     note = (
         f"Differences in percentage points with intervals at {mention.confidence:.2%} each, so that all of them hold "
-        f"together at {CONFIDENCE:.0%}; 'reliable' marks those above zero."
+        f"together at {CONFIDENCE:.0%}; {RELIABLE_MARK} marks those reliably above zero, by interval and exact test."
     )
     return " ".join(filter(None, (note, _small_note(rows))))
 
@@ -216,7 +217,8 @@ def _comparison_cell(comparison: Comparison | None) -> Cell:
     if comparison is None:
         return Cell(NOTHING)
     value, low, high = (f"{100 * end:+.1f}".replace("-", "\N{MINUS SIGN}") for end in comparison.difference)
-    return Cell(value, f"{low} to {high}", "reliable" if comparison.is_reliable else "")
+    mark = f"{RELIABLE_MARK} " if comparison.is_reliable else ""
+    return Cell(f"{mark}{value}", f"{low} to {high}")
 
 
 def _auc_cell(errors: Errors) -> Cell:
