@@ -25,6 +25,7 @@ bench: export TORCH_INDEX := $(TORCH_INDEX)
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/ppo_vs_trl.py
+	$(BIN)/python benchmarks/score.py
 
 install: $(VENV)/installed
 
