@@ -217,7 +217,7 @@ def _comparison_cell(comparison: Comparison | None) -> Cell:
     if comparison is None:
         return Cell(NOTHING)
     value, low, high = (f"{100 * end:+.1f}".replace("-", "\N{MINUS SIGN}") for end in comparison.difference)
-    mark = f"{RELIABLE_MARK} " if comparison.is_reliable else ""
+    mark = f"{RELIABLE_MARK}\N{NO-BREAK SPACE}" if comparison.is_reliable else ""
     return Cell(f"{mark}{value}", f"{low} to {high}")
 
 
