@@ -3,13 +3,9 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 from rich.markup import escape
 from rich.table import Table as TerminalTable
 
@@ -19,6 +15,7 @@ from detox_ray.evaluation.audit_tables import group_figure
 from detox_ray.evaluation.group_toxicity import NO_GROUP, PolicyAudit
 from detox_ray.evaluation.markdown import markdown_table, plain
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
+from detox_ray.evaluation.page import render_page
 from detox_ray.evaluation.scorer_audit import SMALL_CELL, TOLERATED_RATE, ScorerAudit, criterion
 from detox_ray.metrics_file import write_atomically
 
@@ -155,14 +152,8 @@ def facts(audit: Audit) -> list[tuple[str, str]]:
 
 
 def _page(audit: Audit) -> str:
-    environment = Environment(
-        loader=PackageLoader("detox_ray", "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("audit.html.jinja").render(
+    return render_page(
+        "audit.html.jinja",
         title=title(audit),
         setting=setting(audit),
         warnings=audit.warnings,
@@ -171,9 +162,6 @@ def _page(audit: Audit) -> str:
         figure=group_figure(audit.scorers, audit.mention_functionalities),
         sections=audit_tables.sections(audit.scorers, audit.policy, audit.mention_functionalities),
         facts=facts(audit),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        plotly_js=Markup(get_plotlyjs()),
-        markup=Markup,
     )
 
 

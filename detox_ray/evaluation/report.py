@@ -1,15 +1,11 @@
 """The report on an evaluation folder, from its files without any model: a page, its Markdown twin, a model card."""
 
-from datetime import UTC, datetime
 from pathlib import Path
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from detox_ray.evaluation.content import ReportContent, gather
 from detox_ray.evaluation.markdown import markdown_report
 from detox_ray.evaluation.model_card import model_card
+from detox_ray.evaluation.page import render_page
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.metrics_file import write_atomically
 
@@ -39,17 +35,8 @@ def write_report(folder: Path) -> Path:
 
 
 def _page(content: ReportContent, card: str) -> str:
-    environment = Environment(
-        loader=PackageLoader("detox_ray", "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        "report.html.jinja",
         report=content,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         model_card=card,
-        plotly_js=Markup(get_plotlyjs()),
-        markup=Markup,
     )
