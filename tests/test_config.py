@@ -6,21 +6,28 @@ import yaml
 
 from detox_ray import ConfigError, load_config
 from detox_ray.cluster import check_resources, cpus_needed
-from detox_ray.config_file import dump_config, parse_config
+from detox_ray.config_file import dump_config, parse_config, parse_section
+from detox_ray.meter_config import MeterConfig, meter_config
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[1]
 MINIMAL: dict[str, Any] = {"reward": {"classifiers": [{"name": "a", "kind": "linear", "model": "x:y"}]}}
 
 
-# The service's own file is tested in tests/serving.
-RUNS = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "toxicity_api.yaml"})
+# The service's own file is tested in tests/serving, the evaluation's below.
+OTHERS = {ROOT / "configs" / "toxicity_api.yaml", ROOT / "configs" / "meter.yaml"}
+RUNS = sorted(set((ROOT / "configs").glob("*.yaml")) - OTHERS)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
 def test_every_shipped_config_is_valid_and_survives_a_round_trip(path: Path) -> None:
     config = load_config(path)
     assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_the_shipped_evaluation_is_valid_and_survives_a_round_trip() -> None:
+    config = meter_config(ROOT / "configs" / "meter.yaml")
+    assert parse_section(MeterConfig, yaml.safe_load(dump_config(config))) == config
 
 
 def test_overrides_are_typed_and_reach_into_lists() -> None:

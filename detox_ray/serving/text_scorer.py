@@ -49,6 +49,7 @@ class TextScorer:
         self._ensemble = ensemble
         self._config = config
         self._limits = config.limits
+        self._members = {classifier.name for classifier in config.reward.classifiers}
         self._metrics = metrics
         self._cache: ResultCache[TextReading] = ResultCache(config.cache_texts)
         self._batches = TextBatcher(self._read, config.batching.texts, config.batching.in_flight)
@@ -136,10 +137,17 @@ class TextScorer:
         return readings
 
     async def _ask(self, texts: list[str], deadline: float) -> dict[str, list[Readings]]:
-        """The ensemble's answer; an ensemble that is lost is asked again until `deadline`."""
+        """The ensemble's answer; an ensemble that is lost is asked again until `deadline`.
+
+        So is one that lacks a classifier of this configuration: an update replaces HTTP replicas and ensemble one after
+        the other.
+        """
         while True:
             try:
-                return await self._ensemble.read.remote(texts)
+                answer = await self._ensemble.read.remote(texts)
+                if self._members <= answer.keys() or time.monotonic() + RESTART_POLL_S > deadline:
+                    return self._own(answer)
+                await asyncio.sleep(RESTART_POLL_S)
             except (RayError, RayServeException) as error:
                 if isinstance(error, TaskCancelledError):
                     raise
@@ -149,6 +157,17 @@ class TextScorer:
                     message = "a classifier does not answer; try again later"
                     raise ApiError(503, "classifier_unavailable", message, retry_after_s=1) from None
                 await asyncio.sleep(RESTART_POLL_S)
+
+    def _own(self, answer: dict[str, list[Readings]]) -> dict[str, list[Readings]]:
+        """The answers of this configuration's classifiers.
+
+        Raises:
+            ApiError: 503 when one of them is missing.
+        """
+        if missing := self._members - answer.keys():
+            message = f"classifier {min(missing)!r} is not served; the service is being updated, try again later"
+            raise ApiError(503, "classifier_unavailable", message, retry_after_s=1)
+        return {name: answer[name] for name in answer if name in self._members}
 
 
 def text_readings(parts: dict[str, list[Readings]]) -> list[TextReading]:
