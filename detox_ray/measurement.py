@@ -217,6 +217,8 @@ def _plan_base(systems: list[SystemConfig], config: MeterConfig, folder: RunFold
     ranks = [load_adapter(s.policy.adapter).peft_config["r"] for s in systems if s.policy and s.policy.adapter]
     read = load_prompts if config.heldout_of_run else load_all_prompts
     split = read(config.data, load_tokenizer(policy), config.seed)
+    if config.heldout_of_run and config.prompts is not None and config.prompts > len(split.heldout):
+        raise ConfigError(f"prompts={config.prompts}: the run holds out {len(split.heldout)} prompts; lower it")
     terminal.stage(f"{', '.join(system.name for system in systems)}: {reason}")
     engine = with_dequantized_base(engine, policy, config.rollout, folder, device)
     engine = replace(engine, lora_rank=max(ranks, default=engine.lora_rank))

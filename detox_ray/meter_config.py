@@ -103,8 +103,10 @@ def meter_config(target: str | Path, overrides: Overrides = ()) -> MeterConfig:
         run = RunFolder.existing(path)
         if not run.adapter.exists():
             raise ConfigError(f"{path} has no adapter yet; continue it with detox-ray train {run.config_file}")
-        meter = meter_of_run(run, run.read_config())
-        return parse_section(MeterConfig, read_tree(meter.model_dump(), overrides))
+        of_run = meter_of_run(run, run.read_config())
+        meter = parse_section(MeterConfig, read_tree(of_run.model_dump(), overrides))
+        _keep_apart(meter, of_run)
+        return meter
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{path} is neither a run folder (no config.yaml) nor a model (no config.json)")
     name = path.stem if path.suffix in FILE_SUFFIXES else path.name
@@ -117,6 +119,21 @@ def meter_config(target: str | Path, overrides: Overrides = ()) -> MeterConfig:
     if system.get("policy"):
         tree["perplexity_model"] = str(target)
     return parse_section(MeterConfig, read_tree(tree, overrides))
+
+
+def _keep_apart(meter: MeterConfig, of_run: MeterConfig) -> None:
+    """Keep training prompts out of the held-out ones, and other prompts out of the run's own evaluation.
+
+    Raises:
+        ConfigError: the overrides of a run's evaluation mix them.
+    """
+    if meter.heldout_of_run and (meter.data, meter.seed) != (of_run.data, of_run.seed):
+        raise ConfigError(
+            f"with another data or seed, prompts that {of_run.name} was trained on would count as held out; leave both, "
+            "or name prompts it has never seen: data.source=... heldout_of_run=false name=..."
+        )
+    if not meter.heldout_of_run and meter.folder == of_run.folder:
+        raise ConfigError(f"heldout_of_run=false would replace the evaluation of {of_run.name}; give it a name=... too")
 
 
 def meter_of_run(run: RunFolder, config: Config) -> MeterConfig:

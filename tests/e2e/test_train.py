@@ -161,6 +161,9 @@ def test_an_evaluation_can_be_repeated(killed_and_continued: tuple[Path, str]) -
     after = json.loads((folder / "evaluation.json").read_text())
     assert after["base"]["mean_toxicity"] == pytest.approx(before["base"]["mean_toxicity"], abs=1e-6)
     assert after["tuned"]["mean_toxicity"] == pytest.approx(before["tuned"]["mean_toxicity"], abs=1e-6)
+    too_many = run([COMMAND[0], "evaluate", str(folder), "prompts=9999"])
+    assert too_many.returncode == 2
+    assert "the run holds out 200 prompts" in too_many.stderr
 
 
 def test_python_api_two_learners_stale_rollouts_on_the_transformers_engine(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""What an evaluation is made of, from a run folder, a model, a file or a YAML file."""
+
+from pathlib import Path
+
+import pytest
+
+from detox_ray import ConfigError
+from detox_ray.config_file import dump_config, parse_config
+from detox_ray.meter_config import meter_config
+
+pytestmark = pytest.mark.unit
+
+REWARD = {"classifiers": [{"name": "a", "kind": "linear", "model": "x:y"}]}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "mine"
+    (folder / "adapter").mkdir(parents=True)
+    config = parse_config({"name": "mine", "seed": 3, "reward": REWARD, "data": {"source": "p.txt"}})
+    (folder / "config.yaml").write_text(dump_config(config))
+    return folder
+
+
+def test_a_run_is_its_base_and_its_adapter_on_its_held_out_prompts(run: Path) -> None:
+    meter = meter_config(run, ["prompts=7", "rollout.samples_per_prompt=25"])
+    assert [(s.name, s.policy.adapter) for s in meter.systems if s.policy] == [
+        ("base", None),
+        ("tuned", str(run / "adapter")),
+    ]
+    assert (meter.heldout_of_run, meter.seed, meter.prompts, meter.rollout.samples_per_prompt) == (True, 3, 7, 25)
+    assert [scorer.name for scorer in meter.scorers] == ["alt-profanity-check", "a"]
+    assert meter.folder == run
+
+
+@pytest.mark.parametrize("override", ["seed=4", "data.source=q.txt", "data.heldout_prompts=500", "data.max_tokens=9"])
+def test_training_prompts_never_count_as_held_out(run: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="would count as held out"):
+        meter_config(run, [override])
+    with pytest.raises(ConfigError, match="would replace the evaluation of mine"):
+        meter_config(run, [override, "heldout_of_run=false"])
+    assert meter_config(run, [override, "heldout_of_run=false", "name=other"]).folder == run.parent / "other"
+
+
+def test_a_model_and_a_file(tmp_path: Path) -> None:
+    model = meter_config("some/model")
+    assert model.systems[0].policy is not None
+    assert (model.systems[0].policy.model, model.perplexity_model) == ("some/model", "some/model")
+    assert model.rollout.samples_per_prompt == 25
+    file = meter_config("answers.csv", ["systems.0.columns.response=said"])
+    assert (file.systems[0].responses, file.systems[0].columns.response) == ("answers.csv", "said")
+    assert file.perplexity_model is None
+    with pytest.raises(ConfigError, match="neither a run folder"):
+        meter_config(tmp_path)
+
+
+def test_a_system_is_a_model_or_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "meter.yaml"
+    path.write_text("systems: [{name: both, responses: a.csv, policy: {model: m}}]")
+    with pytest.raises(ConfigError, match="give either policy or responses"):
+        meter_config(path)
+    path.write_text("systems: [{name: a, responses: a.csv}, {name: a, responses: b.csv}]")
+    with pytest.raises(ConfigError, match="name 'a' is used twice"):
+        meter_config(path)
+    path.write_text("systems: [{name: a, responses: a.csv}]\nprompt: 5")
+    with pytest.raises(ConfigError, match="did you mean 'prompts'"):
+        meter_config(path)
