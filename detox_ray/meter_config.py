@@ -129,7 +129,7 @@ def _keep_apart(meter: MeterConfig, of_run: MeterConfig) -> None:
     """
     if meter.heldout_of_run and (meter.data, meter.seed) != (of_run.data, of_run.seed):
         raise ConfigError(
-            f"with another data or seed, prompts that {of_run.name} was trained on would count as held out; leave both, "
+            f"with another data or seed, prompts that {of_run.name} was trained on would count as held out; keep both, "
             "or name prompts it has never seen: data.source=... heldout_of_run=false name=..."
         )
     if not meter.heldout_of_run and meter.folder == of_run.folder:
