@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import click
 import typer
@@ -83,6 +83,30 @@ def report(folder: Annotated[Path, typer.Argument(help="run or evaluation folder
     from detox_ray.evaluation.report import write_report
 
     typer.echo(write_report(folder))
+
+
+@app.command()
+def export(
+    folder: RunPath,
+    output: Annotated[Path | None, typer.Option(help="empty folder to write; none: RUN/export")] = None,
+    form: Annotated[Literal["merged", "adapter"], typer.Option(help="a whole model, or the LoRA adapter")] = "merged",
+    base: Annotated[
+        Literal["trained", "original"],
+        typer.Option(help="merge into the weights it was trained and measured on, or into the published ones"),
+    ] = "trained",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: that of the published weights")
+    ] = "auto",
+    push_to_hub: Annotated[str | None, typer.Option(help="also upload it to this repository, owner/name")] = None,
+    public: Annotated[bool, typer.Option(help="a repository that is made is public")] = False,
+) -> None:
+    """Write the trained model for others: safetensors, tokenizer, generation settings and a model card."""
+    from detox_ray import export as exporting
+
+    written = exporting.export(folder, output or folder / "export", form, base, dtype)
+    typer.echo(written)
+    if push_to_hub is not None:
+        typer.echo(exporting.push_to_hub(written, push_to_hub, public))
 
 
 @app.command()
