@@ -26,6 +26,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/ppo_vs_trl.py
 	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/serve.py
 
 install: $(VENV)/installed
 

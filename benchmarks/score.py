@@ -30,16 +30,14 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 from machine import describe, machine, spread, write_json
+from pipeline import START_TIMEOUT_S, Pipeline, real_texts, receive
 from rich.console import Console
 from rich.table import Table
 
 PACKAGES = ("torch", "transformers", "ray", "pyarrow")
 PIPELINE = "pipeline"
-PIPELINE_BATCH_SIZE = 32
 MEMORY_ROWS = (10_000, 100_000, 1_000_000)
 SAMPLE_S = 0.2
-START_TIMEOUT_S = 300.0
-ROUND_TIMEOUT_S = 1800.0
 WORDS = ("you", "are", "a", "fool", "friend", "thank", "the", "kind", "idea", "nice", "day", "of", "what", "and", "to")
 # Titles Ray gives the processes of a scoring, and what they are here.
 PROCESSES = {"ray::MapWorker": "worker", "ray::MapBatches": "reader"}
@@ -84,7 +82,7 @@ def _measure_speed(options: argparse.Namespace, scratch: Path, console: Console)
     from detox_ray.data.lab import lab_path
 
     model, label = options.model or str(lab_path("classifier")), options.label or "rude"
-    texts = _texts(options)
+    texts = real_texts(options.data, options.texts)
     file = scratch / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     workers = {f"score_file, {number}": number for number in dict.fromkeys(options.workers)}
@@ -92,14 +90,12 @@ def _measure_speed(options: argparse.Namespace, scratch: Path, console: Console)
     calls: dict[str, list[float]] = {name: [] for name in workers}
     difference = 0.0
     console.print("starting the pipeline")
-    process, connection = _start_pipeline(model, texts, label)
-    try:
+    with Pipeline(model, texts, label) as pipeline:
         for number in range(1, options.rounds + 1):
             # Turning the order round as well keeps a system from always following the same one.
             for name in (PIPELINE, *workers) if number % 2 else (*reversed(workers), PIPELINE):
                 if name == PIPELINE:
-                    connection.send("again")
-                    wall_s, theirs = _receive(connection, ROUND_TIMEOUT_S)
+                    wall_s, theirs = pipeline.classify()
                     speeds[name].append(len(texts) / wall_s)
                 else:
                     output = scratch / f"{name}-{number}"
@@ -110,11 +106,6 @@ def _measure_speed(options: argparse.Namespace, scratch: Path, console: Console)
             difference = max(difference, float(np.abs(ours - theirs).max()))
             latest = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
             console.print(f"round {number} of {options.rounds}: {latest} texts/s")
-    finally:
-        connection.send(None)
-        process.join(timeout=30)
-        if process.is_alive():
-            process.kill()
     return {
         "model": Path(model).name,
         "texts": len(texts),
@@ -126,21 +117,6 @@ def _measure_speed(options: argparse.Namespace, scratch: Path, console: Console)
         "whole_call_s": {name: spread(values) for name, values in calls.items()},
         "largest_difference": difference,
     }
-
-
-def _texts(options: argparse.Namespace) -> list[str]:
-    """Real sentences in a fixed random order, repeated when there are too few."""
-    from detox_ray.data.lab import lab_path
-
-    path = Path(options.data) if options.data else lab_path("prompts")
-    with path.open(encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    texts = [
-        record["prompt"]["text"] + record["continuation"]["text"] if options.data else record["prompt"]
-        for record in records
-    ]
-    random.Random(0).shuffle(texts)
-    return (texts * (options.texts // len(texts) + 1))[: options.texts]
 
 
 def _classifier(model: str, label: str) -> Any:
@@ -161,49 +137,6 @@ def _score(file: Path, output: Path, model: str, label: str, workers: int) -> tu
     return time.perf_counter() - started, summary["rows_per_s"]
 
 
-def _start_pipeline(model: str, texts: list[str], label: str) -> tuple[Any, Connection]:
-    """A process that holds the pipeline, warmed up."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve_pipeline, args=(model, texts, label, there), daemon=True)
-    process.start()
-    there.close()
-    _receive(here, START_TIMEOUT_S)
-    return process, here
-
-
-def _serve_pipeline(model: str, texts: list[str], label: str, connection: Connection) -> None:
-    """Answer each request with (wall seconds, P(label) of every text) until told to stop."""
-    from transformers import pipeline
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    classify: Any = pipeline("text-classification", model=model, device="cpu")
-
-    def scores(number: int) -> np.ndarray:
-        generator = (text for text in texts[:number])
-        answers = classify(generator, batch_size=PIPELINE_BATCH_SIZE, truncation=True, max_length=256)
-        # Of two labels the pipeline returns the likelier one.
-        return np.array([a["score"] if a["label"] == label else 1 - a["score"] for a in answers])
-
-    scores(PIPELINE_BATCH_SIZE)
-    connection.send("ready")
-    while connection.recv() is not None:
-        started = time.perf_counter()
-        values = scores(len(texts))
-        connection.send((time.perf_counter() - started, values))
-
-
-def _receive(connection: Connection, timeout_s: float) -> Any:
-    if not connection.poll(timeout_s):
-        raise SystemExit(f"the other process did not answer within {timeout_s:.0f} s")
-    try:
-        return connection.recv()
-    except EOFError:
-        raise SystemExit("the other process failed") from None
-
-
 def _measure_memory(options: argparse.Namespace, scratch: Path, console: Console) -> dict[str, Any]:
     """Peak private MiB of each kind of process, and rows a second, by number of rows."""
     peaks: dict[int, dict[str, float]] = {}
@@ -216,7 +149,7 @@ def _measure_memory(options: argparse.Namespace, scratch: Path, console: Console
         process.start()
         there.close()
         peaks[rows] = _peaks(process.pid or 0, here)
-        peaks[rows]["rows_per_s"] = _receive(here, START_TIMEOUT_S)
+        peaks[rows]["rows_per_s"] = receive(here, START_TIMEOUT_S)
         process.join()
         shown = ", ".join(f"{name} {value:,.0f}" for name, value in peaks[rows].items())
         console.print(f"{rows:,} rows: {shown}")
