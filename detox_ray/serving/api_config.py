@@ -93,7 +93,7 @@ class ScalingConfig(Section):
 
     min: int = Field(1, ge=1)
     max: int = Field(1, ge=1)
-    target_ongoing_requests: float = Field(2.0, gt=0, description="batches waiting for a replica before there are more")
+    target_ongoing_requests: float = Field(1.0, gt=0, description="batches waiting for a replica before there are more")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> "ScalingConfig":

@@ -162,17 +162,34 @@ def wait_for(answers: list, more: int) -> None:
         time.sleep(0.05)
 
 
+def kill_replica(deployment: str) -> None:
+    title = f"ServeReplica:one:{deployment}"
+    [process] = [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
+    process.kill()
+
+
 @pytest.mark.parametrize("deployment", ["classifier-rude_words", "ensemble"])
 def test_a_killed_replica_under_load_costs_only_time(deploy: Callable[..., str], deployment: str) -> None:
     address = deploy([linear("rude_words", "faulty:rude_words")], cache_texts=0)
     with load(address, {"text": RUDE}) as answers:
         wait_for(answers, 20)
-        title = f"ServeReplica:one:{deployment}"
-        [process] = [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
-        process.kill()
+        kill_replica(deployment)
         wait_for(answers, 40)
     # 1 - 0.9, whatever happened.
     assert set(answers) == {(200, "0.100")}
+
+
+def test_a_killed_http_replica_fails_only_what_it_held(deploy: Callable[..., str]) -> None:
+    address = deploy([linear("rude_words", "faulty:rude_words")], cache_texts=0)
+    with load(address, {"text": RUDE}, threads=4) as answers:
+        wait_for(answers, 20)
+        kill_replica("toxicity-api")
+        wait_for(answers, 40)
+    failed = [status for status, _ in answers if status != 200]
+    # One request a client was in the replica's hands; Serve answers those itself.
+    assert set(failed) <= {500, 503}
+    assert len(failed) <= 4
+    assert {score for status, score in answers if status == 200} == {"0.100"}
 
 
 def test_an_update_under_load_fails_no_request(deploy: Callable[..., str]) -> None:
