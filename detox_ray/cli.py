@@ -185,6 +185,22 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(help="of one GPU; none: that of the GPU here")] = None,
+) -> None:
+    """Say how much memory a run needs, by role and device, and refuse one that cannot fit; loads nothing."""
+    from detox_ray import memory_plan
+    from detox_ray.data.lab import resolve_lab
+
+    settings = resolve_lab(load_config(config, overrides or []))
+    planned = memory_plan.plan_memory(settings)
+    Console().print(memory_plan.memory_table(planned))
+    memory_plan.check_memory(planned, *memory_plan.available_memory(settings, gpu_memory_gib))
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can run and what is missing."""
     from detox_ray.doctor import diagnose

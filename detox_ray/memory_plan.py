@@ -1,0 +1,210 @@
+"""`detox-ray plan`: the memory every role of a run needs on its device, from arithmetic, before anything is loaded."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from rich import box
+from rich.table import Table
+from transformers import AutoModelForSequenceClassification
+
+from detox_ray.cluster import cluster_address, gpus_needed
+from detox_ray.config import ClassifierConfig, Config
+from detox_ray.errors import ConfigError
+from detox_ray.policy.footprint import (
+    Skeleton,
+    activation_bytes,
+    cache_bytes_per_token,
+    dequantization_bytes,
+    logits_bytes,
+    skeleton,
+    weight_bytes,
+)
+from detox_ray.policy.load import compute_dtype
+from detox_ray.rewards.model_config import load_model_config as load_classifier_config
+from detox_ray.rollout.engine import choose_engine
+
+GIB = 2**30
+# Bytes a trained number has beside itself: its gradient, and the two moments of the optimiser.
+GRADIENT_BYTES = 4
+MOMENT_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+# Interpreter and libraries of a process (measured on CPUs), and a CUDA context with the allocator's slack (assumed).
+PROCESS_BYTES = {"learner": 0.7 * GIB, "vllm": 0.75 * GIB, "transformers": 0.6 * GIB, "classifier": 0.4 * GIB}
+CUDA_BYTES = 1.0 * GIB
+# Ray's own processes and the driver (measured).
+RAY_BYTES = 2.1 * GIB
+# Less than this is not worth a change of settings.
+SMALLEST_SAVING = 0.05 * GIB
+COLUMNS = ("weights", "trained", "batch", "cache", "process")
+TITLE = "GiB of one process (trained: adapter, gradient, moments; batch: what one pass keeps)"
+
+
+@dataclass(frozen=True)
+class Role:
+    """A kind of process: how many, on which device and how much of it, and bytes by purpose of one of them."""
+
+    name: str
+    count: int
+    gpus: float
+    bytes: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes of one."""
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The roles of a run, and what would make the learner smaller, with the bytes saved."""
+
+    roles: list[Role]
+    remedies: dict[str, float]
+    note: str
+
+    @property
+    def main_memory(self) -> float:
+        """Bytes of main memory over all processes, as if they were on one machine."""
+        return RAY_BYTES + sum(role.count * role.total for role in self.roles if role.gpus == 0)
+
+
+def plan_memory(config: Config) -> MemoryPlan:
+    """What the run needs; every model must be a folder or a hub id.
+
+    Raises:
+        ConfigError: the rollout engine does not serve the model as configured.
+        ModelError: a model's configuration cannot be read.
+    """
+    device = torch.device("cuda" if config.train.num_gpus > 0 else "cpu")
+    shape = skeleton(config.policy, compute_dtype(config.policy, device))
+    roles = [_learner(config, shape), _rollout_worker(config, shape)]
+    roles += [_classifier(classifier) for classifier in config.reward.classifiers]
+    longest = config.data.max_tokens + 1 + config.rollout.max_new_tokens
+    held = config.rollout.kv_cache_mib * 2**20 / (cache_bytes_per_token(shape) * longest)
+    note = (
+        f"{shape.base_parameters():,} parameters, {shape.adapter_parameters():,} trained; a rollout worker's KV cache "
+        f"holds {held:,.0f} sequences of {longest} tokens (rollout.max_num_seqs={config.rollout.max_num_seqs})"
+    )
+    return MemoryPlan(roles, _remedies(config, shape), note)
+
+
+def check_memory(plan: MemoryPlan, gpu_bytes: float | None, main_bytes: float | None) -> None:
+    """Refuse a run that cannot fit; a device whose size is not known is not checked.
+
+    Raises:
+        ConfigError: a role needs more than its share of a GPU, or all of them together more main memory than there is.
+    """
+    for role in plan.roles:
+        share = min(role.gpus, 1.0)
+        if gpu_bytes is not None and role.gpus > 0 and role.total > share * gpu_bytes:
+            raise ConfigError(
+                f"{role.name} needs {role.total / GIB:.1f} GiB of a GPU and has {share * gpu_bytes / GIB:.1f}"
+                f"{_advice(plan) if role.name == 'learner' else '; give it more of a GPU (num_gpus), or a larger one'}"
+            )
+    if main_bytes is not None and plan.main_memory > main_bytes:
+        raise ConfigError(
+            f"the processes need {plan.main_memory / GIB:.1f} GiB of main memory together and there are "
+            f"{main_bytes / GIB:.1f}{_advice(plan)}, or fewer workers"
+        )
+
+
+def available_memory(config: Config, gpu_memory_gib: float | None) -> tuple[float | None, float | None]:
+    """(bytes of one GPU, bytes of main memory) to check a run against; None where that is another machine's."""
+    if gpu_memory_gib is not None:
+        gpu: float | None = gpu_memory_gib * GIB
+    else:
+        gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    elsewhere = cluster_address(config.ray) is not None or (gpus_needed(config) > 0 and not torch.cuda.is_available())
+    return gpu, None if elsewhere else float(psutil.virtual_memory().available)
+
+
+def memory_table(plan: MemoryPlan) -> Table:
+    """The plan as a table, GiB of one process of each role."""
+    table = Table(title=TITLE, caption=plan.note, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("role")
+    for column in ("device", *COLUMNS, "total"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for role in plan.roles:
+        device = "CPU" if role.gpus == 0 else f"{role.gpus:g} GPU"
+        cells = [f"{role.bytes[c] / GIB:.2f}" if role.bytes.get(c) else "" for c in COLUMNS]
+        table.add_row(f"{role.count} x {role.name}", device, *cells, f"{role.total / GIB:.2f}")
+    table.add_row("main memory, with Ray", *[""] * (len(COLUMNS) + 1), f"{plan.main_memory / GIB:.2f}")
+    return table
+
+
+def _learner(config: Config, shape: Skeleton) -> Role:
+    policy, trained = config.policy, shape.adapter_parameters()
+    process = CUDA_BYTES if config.train.num_gpus > 0 else PROCESS_BYTES["learner"]
+    purposes = {
+        "weights": weight_bytes(shape, policy.quantization, policy.double_quantization)
+        + (dequantization_bytes(shape) if policy.quantization == "nf4" else 0),
+        "trained": trained * (4 + GRADIENT_BYTES + MOMENT_BYTES[config.ppo.optimizer]),
+        "batch": _activations(config, shape, policy.gradient_checkpointing),
+        "process": process,
+    }
+    return Role("learner", config.train.workers, config.train.num_gpus, purposes)
+
+
+def _activations(config: Config, shape: Skeleton, checkpointing: bool, accumulation: int | None = None) -> float:
+    ppo = config.ppo
+    parts = config.train.workers * ppo.minibatches * (accumulation or ppo.gradient_accumulation)
+    sequences = max(1, ppo.batch_size // parts)
+    tokens = config.data.max_tokens + 1 + config.rollout.max_new_tokens
+    logits = logits_bytes(shape, sequences * config.rollout.max_new_tokens)
+    return activation_bytes(shape, sequences, tokens, checkpointing) + logits
+
+
+def _rollout_worker(config: Config, shape: Skeleton) -> Role:
+    rollout = config.rollout
+    engine, sync, _ = choose_engine(rollout, type(shape.base).__name__)
+    quantized = rollout.base == "bitsandbytes"
+    longest = config.data.max_tokens + 1 + rollout.max_new_tokens
+    cache = rollout.kv_cache_mib * 2**20
+    if engine == "transformers":
+        cache = int(rollout.max_num_seqs * longest * cache_bytes_per_token(shape))
+    purposes = {
+        "weights": weight_bytes(shape, config.policy.quantization if quantized else "none"),
+        "trained": shape.adapter_parameters() * shape.dtype.itemsize,
+        "cache": cache,
+        "process": CUDA_BYTES if rollout.num_gpus > 0 else PROCESS_BYTES[engine],
+    }
+    if rollout.num_gpus == 0 and sync == "merged":
+        # A push starts from pristine weights, which the worker keeps beside the served ones.
+        purposes["weights"] *= 2
+    return Role("rollout worker", rollout.workers, rollout.num_gpus, purposes)
+
+
+def _classifier(classifier: ClassifierConfig) -> Role:
+    process = CUDA_BYTES if classifier.num_gpus > 0 else PROCESS_BYTES["classifier"]
+    purposes = {"process": process}
+    if classifier.kind == "transformers":
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(load_classifier_config(classifier))
+        config = model.config
+        widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        purposes["weights"] = 4.0 * sum(p.numel() for p in model.parameters())
+        purposes["batch"] = 4.0 * classifier.batch_size * classifier.max_length * (widest + 4 * config.hidden_size)
+    return Role(f"classifier {classifier.name}", classifier.replicas, classifier.num_gpus, purposes)
+
+
+def _remedies(config: Config, shape: Skeleton) -> dict[str, float]:
+    """Settings that would make a learner smaller -> bytes they would save."""
+    policy, ppo = config.policy, config.ppo
+    found = {}
+    if policy.quantization != "nf4":
+        smaller = weight_bytes(shape, "nf4") + dequantization_bytes(shape)
+        found["policy.quantization=nf4"] = weight_bytes(shape, policy.quantization) - smaller
+    now = _activations(config, shape, policy.gradient_checkpointing)
+    if not policy.gradient_checkpointing:
+        found["policy.gradient_checkpointing=true"] = now - _activations(config, shape, True)
+    doubled = 2 * ppo.gradient_accumulation
+    if ppo.batch_size % (config.train.workers * ppo.minibatches * doubled) == 0:
+        saved = now - _activations(config, shape, policy.gradient_checkpointing, doubled)
+        found[f"ppo.gradient_accumulation={doubled}"] = saved
+    return {setting: saved for setting, saved in found.items() if saved > SMALLEST_SAVING}
+
+
+def _advice(plan: MemoryPlan) -> str:
+    ranked = sorted(plan.remedies.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{setting} (saves {saved / GIB:.1f} GiB)" for setting, saved in ranked)
+    return f": set {listed}" if listed else ": take a smaller model"

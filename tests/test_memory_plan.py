@@ -1,0 +1,67 @@
+"""What a run needs, and the refusal of one that cannot fit."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from rich.console import Console
+from typer.testing import CliRunner
+
+from detox_ray.cli import app
+from detox_ray.config import Config
+from detox_ray.config_file import load_config
+from detox_ray.errors import ConfigError
+from detox_ray.memory_plan import GIB, check_memory, memory_table, plan_memory
+
+pytestmark = pytest.mark.unit
+LAPTOP = Path(__file__).parents[1] / "configs" / "laptop.yaml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The configuration of a Llama of 0.7 B parameters, without weights."""
+    folder = tmp_path_factory.mktemp("shape")
+    transformers.LlamaConfig(num_hidden_layers=2, hidden_size=4096, intermediate_size=11008).save_pretrained(folder)
+    return str(folder)
+
+
+def configured(model: str, *overrides: str) -> Config:
+    words = "[{name: words, kind: linear, model: 'profanity_check:predict_prob'}]"
+    judge = "{name: judge, kind: linear, model: 'other:function'}"
+    given = [f"policy.model={model}", f"reward.classifiers={words}", f"evaluation.judge={judge}", *overrides]
+    return load_config(LAPTOP, ["rollout.engine=transformers", *given])
+
+
+def test_roles_and_their_purposes(model: str) -> None:
+    plan = plan_memory(configured(model, "policy.quantization=none", "train.num_gpus=1", "train.num_cpus=0"))
+    learner, worker, classifier = plan.roles
+    parameters = 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    assert learner.bytes["weights"] == 2 * parameters
+    trained = 16 * 2 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert learner.bytes["trained"] == trained * 16
+    assert (worker.count, worker.gpus, classifier.name) == (2, 0.0, "classifier words")
+    console = Console(width=80, record=True)
+    console.print(memory_table(plan))
+    assert "1 x learner" in console.export_text()
+
+
+def test_quantisation_makes_the_learner_smaller(model: str) -> None:
+    none, nf4 = (plan_memory(configured(model, f"policy.quantization={q}")).roles[0] for q in ("none", "nf4"))
+    assert nf4.bytes["weights"] < 0.6 * none.bytes["weights"]
+
+
+def test_a_run_that_cannot_fit_is_refused(model: str) -> None:
+    plan = plan_memory(configured(model, "policy.quantization=none", "train.num_gpus=1"))
+    check_memory(plan, 24 * GIB, 64 * GIB)
+    check_memory(plan, None, None)
+    with pytest.raises(ConfigError, match=r"learner needs .* of a GPU and has 2\.0: set .*policy\.quantization=nf4"):
+        check_memory(plan, 2 * GIB, 64 * GIB)
+    with pytest.raises(ConfigError, match="main memory together and there are 1\\.0"):
+        check_memory(plan, 24 * GIB, GIB)
+
+
+def test_the_command(model: str) -> None:
+    given = [f"policy.model={model}", "rollout.engine=transformers", "train.num_gpus=1", "--gpu-memory-gib", "1"]
+    result = CliRunner().invoke(app, ["plan", str(LAPTOP), *given])
+    assert isinstance(result.exception, ConfigError)
+    assert "2 x rollout" in result.output
