@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import yaml
 
+from detox_ray.config import ClassifierConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.labelled_texts import LabelledTexts, read_labelled_texts
 from detox_ray.data.prompts import normalized
@@ -28,7 +29,7 @@ from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rewards.probability_calibration import Method
 from detox_ray.rewards.revision import model_name
 from detox_ray.serving.api_config import ApiConfig
-from detox_ray.serving.calibration_fit import key_of, probabilities, with_classifiers, with_fit
+from detox_ray.serving.calibration_fit import classifiers_read, key_of, probabilities, with_classifiers, with_fit
 from detox_ray.serving.calibration_table import CalibrationTable
 from detox_ray.serving.readings import check_labels
 
@@ -89,7 +90,8 @@ def calibrate(
     fitted_half = in_fitted_half(data.texts, seed) if labels else np.zeros(len(data.texts), dtype=bool)
     for column in dict.fromkeys(labels.values()):
         _check_classes(path, column, data.numbers[column], fitted_half)
-    parts = read_all(config, data.texts, progress)
+    needed = {name for key in [*labels, *references] for name in classifiers_read(key, config)}
+    parts = read_all([c for c in config.reward.classifiers if c.name in needed], data.texts, progress)
     calibrated = config
     for key, column in labels.items():
         numbers = data.numbers[column]
@@ -106,7 +108,7 @@ def calibrate(
         fitted_texts=int(fitted_half.sum()),
         heldout_texts=int((~fitted_half).sum()),
         seed=seed,
-        models={c.name: model_name(c) for c in config.reward.classifiers},
+        models={c.name: model_name(c) for c in config.reward.classifiers if c.name in needed},
         fitted=[heldout.fitted(key, column) for key, column in labels.items()],
         agreements=[heldout.agreement(key, column, bool(labels)) for key, column in references.items()],
         versions=installed_versions(),
@@ -176,14 +178,16 @@ def in_fitted_half(texts: Sequence[str], seed: int) -> np.ndarray:
     return np.array([hashlib.sha256(f"{seed}\n{normalized(text)}".encode()).digest()[0] % 2 == 0 for text in texts])
 
 
-def read_all(config: ApiConfig, texts: Sequence[str], progress: Progress | None = None) -> dict[str, list[Readings]]:
-    """What every classifier says of the texts, by its name, in parts; one classifier in memory after the other.
+def read_all(
+    classifiers: Sequence[ClassifierConfig], texts: Sequence[str], progress: Progress | None = None
+) -> dict[str, list[Readings]]:
+    """What each classifier says of the texts, by its name, in parts; one classifier in memory after the other.
 
     Raises:
         ConfigError, ModelError, RewardError: as `load_classifier` and `Classifier.read`.
     """
     parts: dict[str, list[Readings]] = {}
-    for classifier in config.reward.classifiers:
+    for classifier in classifiers:
         loaded = load_classifier(classifier)
         parts[classifier.name] = found = []
         for start in range(0, len(texts), CHUNK_TEXTS):

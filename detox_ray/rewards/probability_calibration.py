@@ -95,17 +95,16 @@ def fit_isotonic(probability: np.ndarray, toxic: np.ndarray) -> ProbabilityMap:
     The lines keep the order of the texts, where steps would make one of many. The ends stay as far from 0 and 1 as so
     many texts can show (Platt 1999). Shapes as `fit_map`; both classes must be there.
     """
-    probability = np.asarray(probability, dtype=np.float64)
+    # As exact as the table that is written: what is one place there is one here.
+    probability = np.asarray(probability, dtype=np.float64).round(6)
     positives = int(np.sum(toxic))
     low, high = 1 / (len(toxic) - positives + 2), (positives + 1) / (positives + 2)
     steps = IsotonicRegression(y_min=low, y_max=high).fit_transform(probability, toxic)
     value, step, texts = np.unique(steps.round(9), return_inverse=True, return_counts=True)
     middle = np.bincount(step, weights=probability) / texts
-    raw, value = np.array([0.0, *middle, 1.0]).round(6), np.array([low, *value, high]).round(6)
-    kept = _knots_needed(raw, value)
-    # A step may lie at 0 or 1 itself: the last knot of a place counts.
-    knots = dict(zip(raw[kept].tolist(), value[kept].tolist(), strict=True))
-    return ProbabilityMap(method="isotonic", knots=list(knots.items()))
+    # A step may lie at 0 or 1 itself.
+    points = {0.0: low, 1.0: high} | dict(zip(middle.round(6).tolist(), value.tolist(), strict=True))
+    return ProbabilityMap(method="isotonic", knots=_needed([(raw, round(points[raw], 6)) for raw in sorted(points)]))
 
 
 def log_loss(probability: np.ndarray, toxic: np.ndarray) -> np.ndarray:
@@ -139,11 +138,12 @@ def _heldout_loss(probability: np.ndarray, toxic: np.ndarray, method: Method, se
     return losses
 
 
-def _knots_needed(raw: np.ndarray, value: np.ndarray) -> list[int]:
-    """Indices of the points that describe all of them: the farthest from the line is added until none is far."""
-    kept = sorted({0, len(raw) - 1})
+def _needed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of the points, which rise, that describe all: the farthest from the line is added until none is far."""
+    raw, value = np.array(points).T
+    kept = [0, len(points) - 1]
     while True:
         error = np.abs(np.interp(raw, raw[kept], value[kept]) - value)
         if error.max() <= KNOT_TOLERANCE:
-            return kept
-        kept = sorted({*kept, int(error.argmax())})
+            return [points[i] for i in kept]
+        kept = sorted([*kept, int(error.argmax())])

@@ -36,6 +36,12 @@ def key_of(name: str, config: ApiConfig) -> str:
     raise ConfigError(f"{name!r} is no attribute, category or classifier of the service, which has {listed}")
 
 
+def classifiers_read(key: str, config: ApiConfig) -> list[str]:
+    """The names of the classifiers that `key` is made of."""
+    kind, _, name = key.partition(".")
+    return [name] if kind == CLASSIFIERS else config.classifiers_of(config.sources[key])
+
+
 def with_classifiers(labels: Mapping[str, str], config: ApiConfig) -> dict[str, str]:
     """Key -> column of its labels, classifiers first: those of `labels`, and those whose toxicity one of them reads.
 
@@ -45,7 +51,7 @@ def with_classifiers(labels: Mapping[str, str], config: ApiConfig) -> dict[str, 
     for key, column in labels.items():
         source = config.sources.get(key)
         if source is not None and source.label is None:
-            for name in config.classifiers_of(source):
+            for name in classifiers_read(key, config):
                 found.setdefault(f"{CLASSIFIERS}.{name}", column)
     return found | dict(labels)
 
@@ -80,11 +86,9 @@ def with_fit(
     kind, _, name = key.partition(".")
     found = fit_map(probabilities(key, config, parts)[rows], toxic[rows], method, seed)
     fitted = found.model_dump() | {"texts": int(rows.sum()), "toxic": int(toxic[rows].sum())}
-    read = [name]
+    read = classifiers_read(key, config)
     if kind != CLASSIFIERS:
-        source = config.sources[key]
-        read = config.classifiers_of(source)
-        fitted |= {"classifiers": read, "label": source.label}
+        fitted |= {"classifiers": read, "label": config.sources[key].label}
     models = {c.name: fitted_model(c) for c in config.reward.classifiers if c.name in read}
     table = config.calibration
     entry = FittedMap(**fitted) if kind == CLASSIFIERS else SourceMap(**fitted)

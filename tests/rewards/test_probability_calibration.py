@@ -82,6 +82,16 @@ def test_isotonic_keeps_the_order_and_is_never_certain() -> None:
     assert grid[-1] == pytest.approx(5 / 6, abs=1e-4)
 
 
+def test_a_classifier_that_is_always_sure_has_a_map() -> None:
+    # Many texts at 0 and 1, or nearer to them than the table tells apart.
+    raw = np.repeat([0.0, 1e-9, 2e-8, 0.5, 1 - 1e-9, 1.0], 50)
+    toxic = np.random.default_rng(0).random(300) < np.repeat([0.05, 0.1, 0.2, 0.5, 0.8, 0.95], 50)
+    found = fit_isotonic(raw, toxic)
+    assert [knot[0] for knot in found.knots] == [0, 0.5, 1]
+    assert calibrated(raw[-50:], found) == pytest.approx(toxic[-100:].mean(), abs=1e-5)
+    assert fit_map(np.full(300, 0.7), toxic, "isotonic").knots[1] == (0.7, pytest.approx(toxic.mean(), abs=1e-5))
+
+
 @pytest.mark.parametrize(
     ("distort", "expected"),
     [(lambda z: z, "none"), (lambda z: 2.5 * z, "temperature"), (lambda z: z - 1.5, "isotonic")],
