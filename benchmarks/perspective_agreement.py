@@ -21,22 +21,25 @@ from rich.table import Table
 from detox_ray.calibration import agreement, read_all
 from detox_ray.config import ClassifierConfig, EvaluationConfig, RewardConfig
 from detox_ray.data.labelled_texts import LabelledTexts, read_labelled_texts
-from detox_ray.evaluation.metrics import TOXIC_THRESHOLD, Interval
+from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
+from detox_ray.evaluation.report_parts import jsonable
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.calibration_fit import probabilities
+from detox_ray.terminal import quieten_libraries
 
 PACKAGES = ("alt-profanity-check", "torch", "transformers", "scikit-learn")
 ATTRIBUTES = (
     *("toxicity", "severe_toxicity", "insult", "profanity"),
     *("threat", "identity_attack", "sexually_explicit", "flirtation"),
 )
-# An area under a curve through fewer texts than this on one side says little; it is marked.
+# An area under a curve with fewer texts than this on one side of 0.5 says little; it is marked.
 FEW = 30
 
 
 def main() -> None:
     """Score, compare, print the tables, write the JSON."""
     options = _options()
+    quieten_libraries()
     console = Console()
     facts = machine(PACKAGES)
     console.print(describe(facts))
@@ -84,9 +87,7 @@ def _agreements(data: LabelledTexts, config: ApiConfig) -> dict[str, Any]:
             "texts": int(scored.sum()),
             "high": int((reference >= TOXIC_THRESHOLD).sum()),
             "scorers": {
-                scorer: {"spearman": found.spearman._asdict(), "roc_auc": found.roc_auc._asdict()}
-                for scorer, values in scorers.items()
-                for found in [agreement(values[scored], reference[scored])]
+                scorer: jsonable(agreement(values[scored], reference[scored])) for scorer, values in scorers.items()
             },
         }
     return {"rows": data.rows, "left_out": data.left_out, "attributes": by_attribute}
@@ -94,21 +95,25 @@ def _agreements(data: LabelledTexts, config: ApiConfig) -> dict[str, Any]:
 
 def _table(title: str, result: dict[str, Any]) -> Table:
     left_out = sum(result["left_out"].values())
-    table = Table(title=f"{title}: {result['rows']:,} rows, {left_out:,} left out; * fewer than {FEW} at or above 0.5")
+    table = Table(
+        title=f"{title}: {result['rows']:,} rows, {left_out:,} left out; * fewer than {FEW} on one side of 0.5"
+    )
     table.add_column("Perspective", no_wrap=True)
     table.add_column("n (>= 0.5)", justify="right")
     for scorer in result["attributes"][ATTRIBUTES[0]]["scorers"]:
-        table.add_column(f"{scorer}\nSpearman", justify="right")
-        table.add_column(f"{scorer}\nROC-AUC", justify="right")
+        for measure in ("Spearman", "ROC-AUC"):
+            table.add_column(f"{scorer}\n{measure}", justify="right", overflow="fold")
     for name, found in result["attributes"].items():
-        mark = "*" if found["high"] < FEW else ""
-        cells = [_cell(Interval(**value)) for by in found["scorers"].values() for value in by.values()]
+        mark = "*" if min(found["high"], found["texts"] - found["high"]) < FEW else ""
+        cells = [_cell(measured) for by in found["scorers"].values() for measured in by.values()]
         table.add_row(name.upper(), f"{found['texts']:,} ({found['high']:,}{mark})", *cells)
     return table
 
 
-def _cell(interval: Interval) -> str:
-    return f"{interval.value:.3f}\n[dim]{interval.low:.3f} to {interval.high:.3f}[/dim]"
+def _cell(interval: dict[str, float | None]) -> str:
+    if interval["value"] is None:
+        return "n/a"
+    return f"{interval['value']:.3f}\n[dim]{interval['low']:.3f} to {interval['high']:.3f}[/dim]"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from detox_ray.evaluation.metrics import Interval
 from detox_ray.evaluation.tables import Cell, Column, Row, Table
 from detox_ray.rewards.probability_calibration import FittedMap
 
+ARROW = "\N{NO-BREAK SPACE}\N{RIGHTWARDS ARROW}\N{NO-BREAK SPACE}"
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -154,7 +156,7 @@ def _cell(before: Interval, after: Interval | None, change: Interval | None = No
     last = after or before
     if math.isnan(last.value):
         return Cell(UNKNOWN)
-    value = f"{before.value:.3f} \N{RIGHTWARDS ARROW} {after.value:.3f}" if after else f"{before.value:.3f}"
+    value = f"{before.value:.3f}" + (f"{ARROW}{after.value:.3f}" if after else "")
     more = "" if change is None else f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
     return Cell(*(part.replace("-", MINUS) for part in (value, f"{last.low:.3f} to {last.high:.3f}", more)))
 

@@ -188,7 +188,8 @@ def _resolved_classifier(classifier: ClassifierConfig, config: ApiConfig) -> Cla
 
 
 def _description(config: ApiConfig) -> str:
-    limits = config.limits
+    limits, table = config.limits, config.calibration
+    calibrated = ", ".join([*table.classifiers, *table.attributes, *table.categories]) or "none"
     return (
         f"Toxicity of texts by {', '.join(c.name for c in config.reward.classifiers)}. "
         f"A request holds at most {limits.request_bytes:,} bytes of JSON in UTF-8 and {limits.texts:,} texts of "
@@ -196,6 +197,7 @@ def _description(config: ApiConfig) -> str:
         "windows, and the header X-Text-Windows says in how many. "
         f"Perspective attributes: {', '.join(config.attributes)}. "
         f"Categories of the moderations format: {', '.join(config.categories)}. "
+        f"Probabilities fitted to labelled texts: {calibrated}. "
         "A refused request has a JSON error with a code, the field and the limit, in the format of the API called; "
         "429 comes with Retry-After. Texts are not logged and not stored."
     )

@@ -101,6 +101,15 @@ def test_a_file_names_the_table(tmp_path: Path) -> None:
         load_api_config(tmp_path / "service.yaml")
 
 
+def test_the_table_that_comes_with_the_configuration_fits_it() -> None:
+    path = Path(__file__).parents[2] / "configs" / "alt-profanity-check.calibration.yaml"
+    found = load_api_config(None, [f"calibration={path}"])
+    [judge] = [c for c in found.reward.classifiers if c.name == "alt-profanity-check"]
+    check_models(found.calibration, {judge.name: fitted_model(judge)})
+    assert list(found.calibration.classifiers) == [judge.name]
+    assert not load_api_config(None).calibration.classifiers
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
