@@ -76,52 +76,39 @@ def calibrate(
         DataError: the file cannot be read, lacks a column, or has too few texts of a class.
         RewardError: a classifier failed.
     """
-    config = config.model_copy(update={"reward": resolve_lab(config.reward), "calibration": CalibrationTable()})
     labels = with_classifiers({key_of(name, config): column for name, column in columns.labels.items()}, config)
     references = {key_of(name, config): column for name, column in columns.references.items()}
     if not labels and not references:
         raise ConfigError(
             "nothing to do: give --labels NAME=COLUMN to fit, --reference NAME=COLUMN to compare, or both"
         )
-    check_labels(config)
-    for classifier in config.reward.classifiers:
-        check_classifier(classifier)
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file: give a folder for the table and its report")
     data = read_labelled_texts(path, columns.text, list(dict.fromkeys([*labels.values(), *references.values()])))
     fitted_half = in_fitted_half(data.texts, seed) if labels else np.zeros(len(data.texts), dtype=bool)
     for column in dict.fromkeys(labels.values()):
         _check_classes(path, column, data.numbers[column], fitted_half)
+    config = config.model_copy(update={"reward": resolve_lab(config.reward), "calibration": CalibrationTable()})
+    check_labels(config)
+    for classifier in config.reward.classifiers:
+        check_classifier(classifier)
     needed = {name for key in [*labels, *references] for name in classifiers_read(key, config)}
     parts = read_all([c for c in config.reward.classifiers if c.name in needed], data.texts, progress)
-    calibrated = config
+    fitted = config
     for key, column in labels.items():
         numbers = data.numbers[column]
         rows = fitted_half & ~np.isnan(numbers)
-        calibrated = with_fit(key, calibrated, parts, numbers >= TOXIC_THRESHOLD, rows, method, seed)
-    heldout = _Heldout(data, ~fitted_half, config, calibrated, parts, seed)
-    report = CalibrationReport(
-        source=Path(path).name,
-        text_column=columns.text,
-        rows=data.rows,
-        texts=len(data.texts),
-        left_out=data.left_out,
-        missing=data.missing,
-        fitted_texts=int(fitted_half.sum()),
-        heldout_texts=int((~fitted_half).sum()),
-        seed=seed,
-        models={c.name: model_name(c) for c in config.reward.classifiers if c.name in needed},
-        fitted=[heldout.fitted(key, column) for key, column in labels.items()],
-        agreements=[heldout.agreement(key, column, bool(labels)) for key, column in references.items()],
-        versions=installed_versions(),
-    )
+        fitted = with_fit(key, fitted, parts, numbers >= TOXIC_THRESHOLD, rows, method, seed)
+    report = _Heldout(data, ~fitted_half, config, fitted, parts, seed).report(path, columns.text, labels, references)
     write_calibration(folder, report)
     if labels:
-        write_atomically(folder / TABLE_FILE, table_yaml(calibrated.calibration, report.source))
+        write_atomically(folder / TABLE_FILE, table_yaml(fitted.calibration, report.source))
     return report
 
 
 @dataclass(frozen=True)
 class _Heldout:
-    """The texts that no map was fitted on, as the service scores them before and after calibration."""
+    """The texts that no map was fitted on (`rows: [N] bool`), as the service scores them before and after."""
 
     data: LabelledTexts
     rows: np.ndarray
@@ -130,8 +117,28 @@ class _Heldout:
     parts: Mapping[str, Sequence[Readings]]
     seed: int
 
-    def fitted(self, key: str, column: str) -> Fitted:
-        """What the calibration of `key` did, by the labels in `column`."""
+    def report(
+        self, path: str | Path, text_column: str, labels: Mapping[str, str], references: Mapping[str, str]
+    ) -> CalibrationReport:
+        """What was fitted by key and column of `labels`, and the agreement by those of `references`."""
+        heldout = int(self.rows.sum())
+        return CalibrationReport(
+            source=Path(path).name,
+            text_column=text_column,
+            rows=self.data.rows,
+            texts=len(self.data.texts),
+            left_out=self.data.left_out,
+            missing=self.data.missing,
+            fitted_texts=len(self.rows) - heldout,
+            heldout_texts=heldout,
+            seed=self.seed,
+            models={c.name: model_name(c) for c in self.before.reward.classifiers if c.name in self.parts},
+            fitted=[self._fitted(key, column) for key, column in labels.items()],
+            agreements=[self._agreement(key, column, bool(labels)) for key, column in references.items()],
+            versions=installed_versions(),
+        )
+
+    def _fitted(self, key: str, column: str) -> Fitted:
         numbers = self.data.numbers[column]
         rows = self.rows & ~np.isnan(numbers)
         toxic = numbers[rows] >= TOXIC_THRESHOLD
@@ -141,8 +148,7 @@ class _Heldout:
         change = quality_change(before, after, toxic, RESAMPLES, self.seed)
         return Fitted(key, column, found, int(rows.sum()), int(toxic.sum()), change)
 
-    def agreement(self, key: str, column: str, is_calibrated: bool) -> Agreement:
-        """How `key` agrees with the reference scores in `column`."""
+    def _agreement(self, key: str, column: str, is_calibrated: bool) -> Agreement:
         reference = self.data.numbers[column]
         rows = self.rows & ~np.isnan(reference)
         before, after = (probabilities(key, config, self.parts)[rows] for config in (self.before, self.after))

@@ -156,7 +156,7 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="folder of the table and its report")] = Path("runs/calibration"),
     text_column: Annotated[str, typer.Option(help="a field of an object is object.field")] = "text",
     method: Annotated[CalibrationMethod, typer.Option(help="auto: the simplest that no other reliably beats")] = "auto",
-    seed: Annotated[int, typer.Option(help="chooses the texts that are fitted; the others are measured")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="chooses the texts that are fitted; the others are measured")] = 0,
 ) -> None:
     """Fit the scoring service's probabilities to labelled texts, and say what they are worth before and after."""
     from detox_ray import calibration

@@ -172,6 +172,7 @@ def test_a_seed_chooses_the_half_and_like_texts_stay_together() -> None:
         (("--labels", "TOXICITY=row.text"), "holds something that is no number"),
         (("--labels", "TOXICITY=row.toxic", "--text-column", "row.words"), "has no column 'row.words'"),
         (("--labels", "TOXICITY=row.toxic", "--config", "nowhere.yaml"), "config nowhere.yaml"),
+        (("--labels", "TOXICITY=row.toxic", "--output", "texts.jsonl"), "texts.jsonl is a file: give a folder"),
         (("--labels", "TOXICITY=row.toxic", "--config", "broken.yaml"), "cannot be imported"),
     ],
 )
