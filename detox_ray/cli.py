@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -228,13 +227,14 @@ def main() -> None:
     """Entry point of `detox-ray`."""
     try:
         sys.exit(app(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:
+        # Wrong options; for a command without its arguments the message is the help.
+        typer.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except DetoxError as error:
         message = escape(" ".join(str(error).split()))
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("stopped; the same command continues the run")
         sys.exit(130)
