@@ -92,8 +92,8 @@ def fit_temperature(probability: np.ndarray, toxic: np.ndarray) -> ProbabilityMa
 def fit_isotonic(probability: np.ndarray, toxic: np.ndarray) -> ProbabilityMap:
     """Isotonic regression (Zadrozny and Elkan 2002) with straight lines between the middles of its steps.
 
-    The lines keep the order of the texts, where steps would make one of many. The ends stay as far from 0 and 1 as so
-    many texts can show (Platt 1999). Shapes as `fit_map`; both classes must be there.
+    The lines keep the order of texts that a step would make equal; beyond the outermost middles the map is level. It
+    stays as far from 0 and 1 as so many texts can show (Platt 1999). Shapes as `fit_map`; both classes must be there.
     """
     # As exact as the table that is written: what is one place there is one here.
     probability = np.asarray(probability, dtype=np.float64).round(6)
@@ -102,9 +102,7 @@ def fit_isotonic(probability: np.ndarray, toxic: np.ndarray) -> ProbabilityMap:
     steps = IsotonicRegression(y_min=low, y_max=high).fit_transform(probability, toxic)
     value, step, texts = np.unique(steps.round(9), return_inverse=True, return_counts=True)
     middle = np.bincount(step, weights=probability) / texts
-    # A step may lie at 0 or 1 itself.
-    points = {0.0: low, 1.0: high} | dict(zip(middle.round(6).tolist(), value.tolist(), strict=True))
-    return ProbabilityMap(method="isotonic", knots=_needed([(raw, round(points[raw], 6)) for raw in sorted(points)]))
+    return ProbabilityMap(method="isotonic", knots=_needed(middle.round(6), value.round(6)))
 
 
 def log_loss(probability: np.ndarray, toxic: np.ndarray) -> np.ndarray:
@@ -138,12 +136,11 @@ def _heldout_loss(probability: np.ndarray, toxic: np.ndarray, method: Method, se
     return losses
 
 
-def _needed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of the points, which rise, that describe all: the farthest from the line is added until none is far."""
-    raw, value = np.array(points).T
-    kept = [0, len(points) - 1]
+def _needed(raw: np.ndarray, value: np.ndarray) -> list[tuple[float, float]]:
+    """Those of the rising points that describe all: the farthest from the line is added until none is far."""
+    kept = sorted({0, len(raw) - 1})
     while True:
         error = np.abs(np.interp(raw, raw[kept], value[kept]) - value)
         if error.max() <= KNOT_TOLERANCE:
-            return [points[i] for i in kept]
+            return list(zip(raw[kept].tolist(), value[kept].tolist(), strict=True))
         kept = sorted([*kept, int(error.argmax())])

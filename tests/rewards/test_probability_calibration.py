@@ -89,7 +89,15 @@ def test_a_classifier_that_is_always_sure_has_a_map() -> None:
     found = fit_isotonic(raw, toxic)
     assert [knot[0] for knot in found.knots] == [0, 0.5, 1]
     assert calibrated(raw[-50:], found) == pytest.approx(toxic[-100:].mean(), abs=1e-5)
-    assert fit_map(np.full(300, 0.7), toxic, "isotonic").knots[1] == (0.7, pytest.approx(toxic.mean(), abs=1e-5))
+
+
+def test_a_classifier_that_says_nothing_becomes_the_share_of_toxic_texts() -> None:
+    right, toxic = texts(2000)
+    for useless in (np.full(2000, 0.7), 1 - right):
+        found = fit_isotonic(useless, toxic)
+        assert calibrated(np.array([0.0, 0.7, 1.0]), found) == pytest.approx([toxic.mean()] * 3, abs=0.05)
+    [knot] = fit_isotonic(np.full(2000, 0.7), toxic).knots
+    assert knot == (0.7, pytest.approx(toxic.mean(), abs=1e-5))
 
 
 @pytest.mark.parametrize(
