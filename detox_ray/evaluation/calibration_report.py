@@ -21,8 +21,8 @@ MEANING = (
     f"{BINS} equal bins, 0 at best. In small samples it is biased upwards, and its interval more so: a lower end "
     "above 0 proves nothing. Log loss is in nats a text; lower is better. ROC-AUC is the chance that a toxic text "
     "scores above another, and Spearman's correlation compares the order of the texts with the reference's. A "
-    "calibration keeps the order, but the mean of calibrated classifiers may have another one than the mean of raw "
-    "ones."
+    "calibration turns no order round, but the mean of calibrated classifiers may order texts in another way than the "
+    "mean of raw ones. It holds for texts like these: where another share is toxic, it has to be fitted again."
 )
 
 

@@ -202,12 +202,11 @@ def load_api_config(
         ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
     """
     tree = read_tree({} if path is None else path, overrides)
+    table = tree.pop("calibration", None)
     if "policy" in tree or "data" in tree:
         tree = {"reward": parse_config(tree).reward.model_dump()}
-    if not calibrated:
-        tree.pop("calibration", None)
-    if isinstance(table := tree.get("calibration"), str):
-        tree["calibration"] = read_table(table)
+    if calibrated and table is not None:
+        tree["calibration"] = read_table(table) if isinstance(table, str) else table
     return parse_section(ApiConfig, tree)
 
 

@@ -110,6 +110,17 @@ def test_the_table_that_comes_with_the_configuration_fits_it() -> None:
     assert not load_api_config(None).calibration.classifiers
 
 
+def test_the_classifiers_of_a_run_may_be_calibrated(tmp_path: Path) -> None:
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({"models": {"words": MODELS["words"]}}))
+    run = {
+        "policy": {"model": "some/model"},
+        "reward": {"classifiers": [{"name": "words", "kind": "linear", "model": "a:b"}]},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    found = load_api_config(tmp_path / "run.yaml", [f"calibration={tmp_path / 'table.yaml'}"])
+    assert list(found.calibration.models) == ["words"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
