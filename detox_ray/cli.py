@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +22,7 @@ app.add_typer(lab, name="lab")
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/laptop.yaml")]
+CalibrationMethod = Literal["auto", "none", "temperature", "isotonic"]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as ppo.learning_rate=1e-4")]
 ScorersPath = Annotated[Path, typer.Option(help="YAML file of a run or an evaluation, whose scorers are used")]
 RunPath = Annotated[Path, typer.Argument(help="run folder, such as runs/demo")]
@@ -167,6 +167,41 @@ def audit(
 
 
 @app.command()
+def calibrate(
+    file: Annotated[Path, typer.Argument(help="texts with labels or scores: CSV, TSV, JSONL or Parquet")],
+    labels: Annotated[
+        list[str] | None, typer.Option(help="TOXICITY=column with 0 and 1, or probabilities; may be repeated")
+    ] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="TOXICITY=column with another's scores to compare with; may be repeated")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the service; none: the embedded service")] = None,
+    output: Annotated[Path, typer.Option(help="folder of the table and its report")] = Path("runs/calibration"),
+    text_column: Annotated[str, typer.Option(help="a field of an object is object.field")] = "text",
+    method: Annotated[CalibrationMethod, typer.Option(help="auto: the simplest that no other reliably beats")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="chooses the texts that are fitted; the others are measured")] = 0,
+) -> None:
+    """Fit the scoring service's probabilities to labelled texts, and say what they are worth before and after."""
+    from detox_ray import calibration
+    from detox_ray.evaluation.calibration_report import calibration_tables
+    from detox_ray.serving.api_config import load_api_config
+    from detox_ray.terminal import Terminal
+
+    columns = calibration.CalibrationColumns(
+        text_column,
+        calibration.named_columns(labels or [], "--labels"),
+        calibration.named_columns(reference or [], "--reference"),
+    )
+    service = load_api_config(config, calibrated=False)
+    with Terminal().bar("reading", total=1) as bar:
+        found = calibration.calibrate(
+            file, service, output, columns, method, seed, progress=lambda _, done, of: bar(done / of)
+        )
+    Console().print(*calibration_tables(found), sep="\n")
+    typer.echo(output / "calibration.html")
+
+
+@app.command()
 def serve(
     config: Annotated[Path | None, typer.Argument(help="YAML file; none: the embedded service, offline")] = None,
     overrides: Overrides = None,
@@ -232,13 +267,14 @@ def main() -> None:
     """Entry point of `detox-ray`."""
     try:
         sys.exit(app(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:
+        # Wrong options; for a command without its arguments the message is the help.
+        typer.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except DetoxError as error:
         message = escape(" ".join(str(error).split()))
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("stopped; the same command continues the run")
         sys.exit(130)

@@ -149,3 +149,32 @@ def test_evaluate_without_a_run(
         cli.main()
     assert stopped.value.code == 2
     assert "is neither a run folder (no config.yaml) nor a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "--workers", "many", "text"], "Invalid value for '--workers'"),
+        (["calibrate", "texts.csv", "--method", "guess"], "Invalid value for '--method'"),
+        (["train"], "Missing argument"),
+        (["train", "--config", "x"], "No such option: --config"),
+    ],
+)
+def test_wrong_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["detox-ray", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_no_command_shows_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["detox-ray"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    captured = capsys.readouterr()
+    assert "calibrate" in captured.out + captured.err

@@ -1,12 +1,10 @@
 """What an audit found, as audit.json, audit.md, one page that opens offline, and a table for the terminal."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from detox_ray.data.cases import CaseColumns
@@ -16,6 +14,7 @@ from detox_ray.evaluation.group_toxicity import NO_GROUP, PolicyAudit
 from detox_ray.evaluation.markdown import markdown_table, plain
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.evaluation.page import render_page
+from detox_ray.evaluation.report_parts import counted, jsonable, terminal_table
 from detox_ray.evaluation.scorer_audit import SMALL_CELL, TOLERATED_RATE, ScorerAudit, criterion
 from detox_ray.metrics_file import write_atomically
 
@@ -73,7 +72,7 @@ def audit_json(audit: Audit) -> dict[str, Any]:
         "criterion": criterion(audit.mention_functionalities),
         "warnings": audit.warnings,
     }
-    return settings | _jsonable(audit)
+    return settings | jsonable(audit)
 
 
 def audit_markdown(audit: Audit) -> str:
@@ -90,22 +89,11 @@ def audit_markdown(audit: Audit) -> str:
 
 def audit_table(audit: Audit) -> TerminalTable:
     """The table for the terminal: error rates overall and by group with 95% intervals, and the warnings below."""
-    table = TerminalTable(
-        title=escape(f"{audit.source}: {audit.cases:,} cases, {audit.toxic:,} of them toxic"),
-        caption=escape("\n".join(warning_lines(audit))),
-        caption_justify="left",
-        caption_style="",
+    return terminal_table(
+        audit_tables.terminal_table(audit.scorers),
+        f"{audit.source}: {audit.cases:,} cases, {audit.toxic:,} of them toxic",
+        "\n".join(warning_lines(audit)),
     )
-    content = audit_tables.terminal_table(audit.scorers)
-    for column in content.columns:
-        table.add_column(
-            escape(column.label) + (f"\n[dim]{escape(column.detail)}[/dim]" if column.detail else ""),
-            justify="left" if column is content.columns[0] else "right",
-        )
-    for row in content.rows:
-        cells = (f"{cell.value}\n[dim]{cell.interval}[/dim]" if cell.interval else cell.value for cell in row.cells)
-        table.add_row(escape(row.label), *cells)
-    return table
 
 
 def title(audit: Audit) -> str:
@@ -142,10 +130,10 @@ def facts(audit: Audit) -> list[tuple[str, str]]:
         "Columns": ", ".join(f"{what} = {column}" for what, column in named.items() if column is not None),
         "Rows read": f"{audit.rows:,}",
         "Cases": f"{audit.cases:,}, {audit.toxic:,} toxic and {audit.cases - audit.toxic:,} not",
-        "Rows left out": _counts(audit.left_out) or "none",
-        "Noted": _counts(audit.noted),
+        "Rows left out": counted(audit.left_out) or "none",
+        "Noted": counted(audit.noted),
         "Scorers": ", ".join(f"{name} ({model})" for name, model in audit.models.items()),
-        "Responses left out": _counts(audit.policy.left_out) if audit.policy else "",
+        "Responses left out": counted(audit.policy.left_out) if audit.policy else "",
         "Versions": ", ".join(f"{package} {number}" for package, number in audit.versions.items()),
     }
     return [(term, found) for term, found in rows.items() if found]
@@ -167,20 +155,3 @@ def _page(audit: Audit) -> str:
 
 def _bullets(sentences: list[str]) -> str:
     return "\n".join(f"- {plain(sentence)}" for sentence in sentences)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
-
-
-def _jsonable(value: Any) -> Any:
-    """Dataclasses and intervals as objects, what is not finite as None."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _jsonable(getattr(value, name)) for name in value.__dataclass_fields__}
-    if hasattr(value, "_asdict"):
-        return _jsonable(value._asdict())
-    if isinstance(value, dict):
-        return {key: _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

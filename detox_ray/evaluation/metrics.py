@@ -4,7 +4,7 @@ A prompt is the unit that is drawn at random: its responses share the prompt, so
 Every interval here resamples whole prompts, and every comparison resamples the *same* prompts for both systems.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -54,14 +54,17 @@ def repetition(token_ids: Sequence[int]) -> float:
 def resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means over prompts drawn with replacement: `values: [P, K]` -> [resamples, K]; columns share their draws."""
     values = np.asarray(values, dtype=np.float64)
-    prompts = len(values)
+    blocks = resampled_counts(len(values), resamples, seed)
+    return np.concatenate([counts @ values / len(values) for counts in blocks])
+
+
+def resampled_counts(prompts: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each prompt is drawn, in blocks `[R, P] float64` of `resamples` rows together."""
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK_ELEMENTS // prompts)
-    means = np.empty((resamples, values.shape[1]))
     for start in range(0, resamples, block):
-        counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=min(block, resamples - start))
-        means[start : start + block] = counts.astype(np.float64) @ values / prompts
-    return means
+        size = min(block, resamples - start)
+        yield rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=size).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def intervals(statistics: Mapping[str, Statistic], resamples: int, seed: int) ->
     draws = np.vstack([table.mean(axis=0), resampled_means(table, resamples, seed)])
     edges = np.cumsum([0, *(s.columns.shape[1] for s in statistics.values())])
     return {
-        name: _percentile_interval(statistic.value(draws[:, start:end]))
+        name: percentile_interval(statistic.value(draws[:, start:end]))
         for (name, statistic), (start, end) in zip(statistics.items(), pairwise(edges), strict=True)
     }
 
@@ -159,12 +162,7 @@ def paired_permutation_p_value(base: np.ndarray, tuned: np.ndarray, resamples: i
     return (as_extreme + 1) / (resamples + 1)
 
 
-def _quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(denominator > 0, numerator / denominator, np.nan)
-
-
-def _percentile_interval(draws: np.ndarray) -> Interval:
+def percentile_interval(draws: np.ndarray) -> Interval:
     """The first draw is the estimate, the others its bootstrap distribution; undefined resamples are left out."""
     value, resampled = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
     if np.isnan(value) or not len(resampled):
@@ -172,3 +170,8 @@ def _percentile_interval(draws: np.ndarray) -> Interval:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Interval(value, float(low), float(high))
+
+
+def _quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(denominator > 0, numerator / denominator, np.nan)

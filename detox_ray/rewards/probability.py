@@ -61,9 +61,14 @@ class ProbabilityClassifier:
                 f"{self._config.model} must return values in [0, 1]"
             )
         if self._config.temperature != 1.0:
-            odds = np.clip(values, PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
-            values = 1.0 / (1.0 + ((1.0 - odds) / odds) ** (1.0 / self._config.temperature))
+            values = tempered(values, self._config.temperature)
         return values if self._config.label_means == "toxic" else 1.0 - values
+
+
+def tempered(probability: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities `[N]` whose logits are divided by `temperature` (Guo et al. 2017)."""
+    inside = np.clip(probability, PROBABILITY_FLOOR, 1.0 - PROBABILITY_FLOOR)
+    return 1.0 / (1.0 + ((1.0 - inside) / inside) ** (1.0 / temperature))
 
 
 def finite(name: str, values: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from detox_ray.config import ClassifierConfig, RayConfig, RewardConfig, Section
 from detox_ray.config_file import parse_config, parse_section, read_tree
 from detox_ray.errors import ConfigError
+from detox_ray.serving.calibration_table import CalibrationTable, read_table
 
 Category = Literal[
     "harassment",
@@ -136,6 +137,9 @@ class ApiConfig(Section):
     categories: dict[Category, CategorySource] = Field(
         {"harassment": CategorySource()}, description="categories of the moderations API this service has"
     )
+    calibration: CalibrationTable = Field(
+        CalibrationTable(), description="of the probabilities: the path of a file that detox-ray calibrate wrote"
+    )
     limits: LimitsConfig = LimitsConfig()
     batching: BatchingConfig = BatchingConfig()
     cache_texts: int = Field(10_000, ge=0, description="texts whose scores are remembered, by content hash; 0: none")
@@ -143,12 +147,20 @@ class ApiConfig(Section):
     http: HttpConfig = HttpConfig()
     ray: RayConfig = RayConfig()
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where attributes and categories come from, by the key of each."""
+        found: dict[str, Source] = {f"attributes.{name}": source for name, source in self.attributes.items()}
+        return found | {f"categories.{name}": source for name, source in self.categories.items()}
+
+    def classifiers_of(self, source: Source) -> list[str]:
+        """The names of the classifiers whose toxicity or label `source` is."""
+        return [c.name for c in self.reward.classifiers] if source.classifier is None else [source.classifier]
+
     @model_validator(mode="after")
     def _names_exist(self) -> "ApiConfig":
         names = {c.name for c in self.reward.classifiers}
-        sources: dict[str, Source] = {f"attributes.{name}": source for name, source in self.attributes.items()}
-        sources |= {f"categories.{name}": source for name, source in self.categories.items()}
-        for key, source in sources.items():
+        for key, source in self.sources.items():
             if source.classifier is None and source.label is not None:
                 raise ValueError(f"{key}.label={source.label!r} needs a classifier: name the one it is a label of")
             if source.classifier is not None and source.classifier not in names:
@@ -157,6 +169,7 @@ class ApiConfig(Section):
                 )
         if unknown := set(self.replicas) - names:
             raise ValueError(f"replicas.{min(unknown)} is no classifier; there are {', '.join(sorted(names))}")
+        self._check_calibration(names)
         if self.limits.queued_texts < self.limits.texts + self.limits.spans:
             raise ValueError(
                 f"limits.queued_texts={self.limits.queued_texts} is below limits.texts + limits.spans = "
@@ -164,18 +177,36 @@ class ApiConfig(Section):
             )
         return self
 
+    def _check_calibration(self, names: set[str]) -> None:
+        fix = "run detox-ray calibrate again, or leave calibration out"
+        if unknown := set(self.calibration.models) - names:
+            raise ValueError(f"calibration.models.{min(unknown)} is no classifier of the service; {fix}")
+        for key, fitted in self.calibration.sources.items():
+            source = self.sources.get(key)
+            if source is None:
+                raise ValueError(f"calibration.{key}: the service has no {key}; {fix}")
+            if (sorted(fitted.classifiers), fitted.label) != (sorted(self.classifiers_of(source)), source.label):
+                was = ", ".join(fitted.classifiers) + (f", label {fitted.label}" if fitted.label else "")
+                raise ValueError(f"calibration.{key} was fitted for {was}, which {key} no longer reads; {fix}")
 
-def load_api_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> ApiConfig:
+
+def load_api_config(
+    path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), calibrated: bool = True
+) -> ApiConfig:
     """The service's configuration in a YAML file, or the embedded one, with dotted overrides applied.
 
-    The file of a training run will do: its `reward` section is served.
+    The file of a training run will do: its `reward` section is served. Without `calibrated` the file's `calibration` is
+    not even looked at.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
     """
     tree = read_tree({} if path is None else path, overrides)
+    table = tree.pop("calibration", None)
     if "policy" in tree or "data" in tree:
         tree = {"reward": parse_config(tree).reward.model_dump()}
+    if calibrated and table is not None:
+        tree["calibration"] = read_table(table) if isinstance(table, str) else table
     return parse_section(ApiConfig, tree)
 
 

@@ -15,15 +15,15 @@ from starlette.exceptions import HTTPException
 from detox_ray.config import LAB_PREFIX, ClassifierConfig
 from detox_ray.data.lab import LabPart, lab_path
 from detox_ray.errors import ConfigError
-from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.rewards.ensemble import UNCALIBRATED, with_calibrations
-from detox_ray.rewards.revision import model_name, model_revision
-from detox_ray.serving.api_config import ApiConfig, Source, load_keys
+from detox_ray.serving.api_config import ApiConfig, load_keys
 from detox_ray.serving.api_errors import ApiError, api_of, error_response, from_validation
 from detox_ray.serving.api_metrics import ApiMetrics
+from detox_ray.serving.calibration_table import check_models, fitted_model
 from detox_ray.serving.docs_page import docs_page
 from detox_ray.serving.moderations import moderations_router
 from detox_ray.serving.perspective import perspective_router
+from detox_ray.serving.readings import check_labels
 from detox_ray.serving.request_gate import ApiKeys, RequestGate, key_digest
 from detox_ray.serving.reward_app import build_reward_app, replica_runtime_env
 from detox_ray.serving.score_format import score_router
@@ -128,14 +128,16 @@ def build_http_app(config: ApiConfig) -> serve.Application:
     """The classifiers with an HTTP ingress; members with `calibration: fit` are served uncalibrated.
 
     Raises:
-        ConfigError, ModelError: a classifier cannot be loaded or has no such label, or there are no keys where the
-            configuration says so.
+        ConfigError, ModelError: a classifier cannot be loaded or has no such label or is not the one that the
+            calibration was fitted for, or there are no keys where the configuration says so.
         DataError: the lab cannot be built.
     """
     config = _resolved(config)
-    _check_labels(config)
+    check_labels(config)
     digests = tuple(key_digest(key) for key in load_keys(config.keys))
-    models = {c.name: {"model": model_name(c), "revision": model_revision(c)} for c in config.reward.classifiers}
+    fitted_for = {c.name: fitted_model(c) for c in config.reward.classifiers}
+    check_models(config.calibration, fitted_for)
+    models = {name: {"model": found.model, "revision": found.revision} for name, found in fitted_for.items()}
     drain_s = config.limits.body_timeout_s + config.limits.timeout_s + GRACE_S
     deployment = serve.deployment(
         name="toxicity-api",
@@ -185,25 +187,9 @@ def _resolved_classifier(classifier: ClassifierConfig, config: ApiConfig) -> Cla
     return classifier.model_copy(update=update)
 
 
-def _check_labels(config: ApiConfig) -> None:
-    """Raises ConfigError when an attribute or a category names a label that its classifier does not have."""
-    by_name = {c.name: c for c in config.reward.classifiers}
-    sources: dict[str, Source] = {f"attributes.{name}": source for name, source in config.attributes.items()}
-    sources |= {f"categories.{name}": source for name, source in config.categories.items()}
-    for key, source in sources.items():
-        if source.classifier is None or source.label is None:
-            continue
-        classifier = by_name[source.classifier]
-        if classifier.kind != "transformers":
-            raise ConfigError(f"{key}.label={source.label!r}: {classifier.name!r} has one probability and no labels")
-        try:
-            check_classifier(classifier.model_copy(update={"label": source.label}))
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
-
-
 def _description(config: ApiConfig) -> str:
-    limits = config.limits
+    limits, table = config.limits, config.calibration
+    calibrated = ", ".join([*table.classifiers, *table.attributes, *table.categories]) or "none"
     return (
         f"Toxicity of texts by {', '.join(c.name for c in config.reward.classifiers)}. "
         f"A request holds at most {limits.request_bytes:,} bytes of JSON in UTF-8 and {limits.texts:,} texts of "
@@ -211,6 +197,7 @@ def _description(config: ApiConfig) -> str:
         "windows, and the header X-Text-Windows says in how many. "
         f"Perspective attributes: {', '.join(config.attributes)}. "
         f"Categories of the moderations format: {', '.join(config.categories)}. "
+        f"Probabilities fitted to labelled texts: {calibrated}. "
         "A refused request has a JSON error with a code, the field and the limit, in the format of the API called; "
         "429 comes with Retry-After. Texts are not logged and not stored."
     )

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from detox_ray.serving.api_config import ApiConfig, Category
 from detox_ray.serving.api_errors import OpenAIError, documented, invalid
+from detox_ray.serving.readings import TextReading, category_probability, most_windows
 from detox_ray.serving.score_format import WINDOWS_HEADER, check_texts
-from detox_ray.serving.text_scorer import TextReading, TextScorer, most_windows, probability
+from detox_ray.serving.text_scorer import TextScorer
 
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 UNSCORED_HEADER = "X-Unscored-Categories"
@@ -102,7 +103,9 @@ def _result(readings: list[TextReading], config: ApiConfig) -> dict[str, Any]:
     """One result; of several parts the one with the highest probability counts."""
     sources = config.categories
     scores = {
-        category: max(probability(reading, sources[category]) for reading in readings) if category in sources else 0.0
+        category: max(category_probability(reading, category, config) for reading in readings)
+        if category in sources
+        else 0.0
         for category in CATEGORIES
     }
     flags = {

@@ -11,8 +11,9 @@ from detox_ray.serving.api_config import ApiConfig, AttributeSource, LimitsConfi
 from detox_ray.serving.api_errors import ApiError, GoogleError, documented, invalid
 from detox_ray.serving.api_metrics import ApiMetrics
 from detox_ray.serving.discovery import discovery_document
+from detox_ray.serving.readings import TextReading, attribute_probability, most_windows
 from detox_ray.serving.score_format import WINDOWS_HEADER
-from detox_ray.serving.text_scorer import TextReading, TextScorer, most_windows, probability
+from detox_ray.serving.text_scorer import TextScorer
 from detox_ray.serving.texts import Span, utf16_offsets
 
 PLAIN_TEXT = ("PLAIN_TEXT", "TEXT_TYPE_UNSPECIFIED")
@@ -127,7 +128,7 @@ def perspective_router(config: ApiConfig, scorer: TextScorer, metrics: ApiMetric
         scores = {
             name: attribute
             for name, parameters in request.requested_attributes.items()
-            if (attribute := _attribute(config.attributes[name], parameters, whole, ranges, parts))
+            if (attribute := _attribute(name, config, parameters, whole, ranges, parts))
         }
         body: dict[str, Any] = {"attributeScores": scores} if scores else {}
         body |= {"languages": languages} | _echo(request)
@@ -211,20 +212,21 @@ def _known_attribute(name: str, field: str, config: ApiConfig) -> AttributeSourc
 
 
 def _attribute(
-    source: AttributeSource,
+    name: str,
+    config: ApiConfig,
     parameters: AttributeParameters | None,
     whole: TextReading,
     ranges: list[Span],
     parts: list[tuple[Span, TextReading]],
 ) -> dict[str, Any] | None:
     """The scores of an attribute, or none when the summary is below the threshold asked for."""
-    summary = probability(whole, source)
+    summary = attribute_probability(whole, name, config)
     threshold = parameters.score_threshold if parameters is not None else None
     if threshold is not None and summary < threshold:
         return None
     return {
         "spanScores": [
-            {"begin": begin, "end": end, "score": _score(probability(reading, source))}
+            {"begin": begin, "end": end, "score": _score(attribute_probability(reading, name, config))}
             for (begin, end), (_, reading) in zip(ranges, parts, strict=True)
         ],
         "summaryScore": _score(summary),

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from detox_ray.serving.api_config import ApiConfig, LimitsConfig, Source
 from detox_ray.serving.api_errors import ScoreError, documented, invalid
-from detox_ray.serving.text_scorer import TextReading, TextScorer, ensemble_scores, most_windows, probability
+from detox_ray.serving.readings import TextReading, ensemble_scores, most_windows, probability
+from detox_ray.serving.text_scorer import TextScorer
 from detox_ray.serving.texts import Span, joined
 
 WINDOWS_HEADER = "X-Text-Windows"
@@ -62,7 +63,9 @@ class TextScore(BaseModel):
     score: float
     per_classifier: dict[str, float]
     disagreement: float
-    toxicity: dict[str, float] | None = Field(None, description="probability of toxicity by classifier, when asked for")
+    toxicity: dict[str, float] | None = Field(
+        None, description="probability of toxicity by classifier, calibrated where the service is, when asked for"
+    )
     verdict: Verdict | None = Field(None, description="when a threshold was given")
     spans: list[SpanToxicity] | None = Field(None, description="when asked for")
     windows: dict[str, int] | None = Field(

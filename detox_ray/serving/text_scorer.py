@@ -4,20 +4,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from detox_ray.config import RewardConfig
-from detox_ray.records import Readings, Score
-from detox_ray.rewards.ensemble import aggregate, calibrate, calibrations
-from detox_ray.serving.api_config import ApiConfig, Source
+from detox_ray.records import Readings
+from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.api_errors import ApiError, invalid
 from detox_ray.serving.api_metrics import ApiMetrics
 from detox_ray.serving.batcher import TextBatcher
+from detox_ray.serving.readings import TextReading, text_readings
 from detox_ray.serving.result_cache import ResultCache
 from detox_ray.serving.reward_app import RESTART_POLL_S
 from detox_ray.serving.texts import Span, sentence_spans
@@ -30,16 +27,6 @@ PROBE = "thank you"
 PROBE_TIMEOUT_S = 5.0
 # So long after the last answer the classifiers count as ready without being asked.
 READY_FOR_S = 10.0
-
-
-@dataclass(frozen=True)
-class TextReading:
-    """What every classifier says of one text, by its name."""
-
-    scores: dict[str, float]
-    toxicity: dict[str, float]
-    labels: dict[str, dict[str, float]]
-    windows: dict[str, int]
 
 
 class TextScorer:
@@ -127,7 +114,7 @@ class TextScorer:
     async def _read(self, texts: list[str]) -> list[TextReading]:
         """The readings of one batch."""
         start = time.monotonic()
-        readings = text_readings(await self._ask(texts, start + self._limits.timeout_s))
+        readings = text_readings(await self._ask(texts, start + self._limits.timeout_s), self._config.calibration)
         self._last_answer = time.monotonic()
         seconds = self._last_answer - start
         self._seconds_per_text += 0.2 * (seconds / len(texts) - self._seconds_per_text)
@@ -168,44 +155,3 @@ class TextScorer:
             message = f"classifier {min(missing)!r} is not served; the service is being updated, try again later"
             raise ApiError(503, "classifier_unavailable", message, retry_after_s=1)
         return {name: answer[name] for name in answer if name in self._members}
-
-
-def text_readings(parts: dict[str, list[Readings]]) -> list[TextReading]:
-    """What the ensemble's `read` returned, one record a text."""
-    scores = {name: np.concatenate([part.score for part in found]).tolist() for name, found in parts.items()}
-    toxicity = {name: np.concatenate([part.toxicity for part in found]).tolist() for name, found in parts.items()}
-    windows = {name: np.concatenate([part.windows for part in found]).tolist() for name, found in parts.items()}
-    labels = {
-        name: {label: np.concatenate([part.labels[label] for part in found]).tolist() for label in found[0].labels}
-        for name, found in parts.items()
-    }
-    return [
-        TextReading(
-            scores={name: values[i] for name, values in scores.items()},
-            toxicity={name: values[i] for name, values in toxicity.items()},
-            labels={name: {label: values[i] for label, values in found.items()} for name, found in labels.items()},
-            windows={name: values[i] for name, values in windows.items()},
-        )
-        for i in range(len(next(iter(windows.values()))))
-    ]
-
-
-def ensemble_scores(readings: Sequence[TextReading], config: RewardConfig) -> list[Score]:
-    """The ensemble's score of each reading, as training computes it."""
-    scale = calibrations(config)
-    scores = {name: np.array([reading.scores[name] for reading in readings]) for name in scale}
-    return aggregate({name: calibrate(values, scale[name]) for name, values in scores.items()}, config)
-
-
-def probability(reading: TextReading, source: Source) -> float:
-    """The probability that `source` names: of a label, of a classifier's toxicity, or the mean toxicity of all."""
-    if source.classifier is None:
-        return sum(reading.toxicity.values()) / len(reading.toxicity)
-    if source.label is None:
-        return reading.toxicity[source.classifier]
-    return reading.labels[source.classifier][source.label]
-
-
-def most_windows(readings: Sequence[TextReading]) -> int:
-    """The most windows any classifier needed for one of the texts."""
-    return max(max(reading.windows.values()) for reading in readings)

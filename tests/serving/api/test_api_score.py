@@ -8,6 +8,7 @@ import pytest
 import yaml
 from ray import serve
 
+from detox_ray.errors import ConfigError
 from detox_ray.rewards.classifiers import load_classifier
 from detox_ray.serving.api_config import ApiConfig, LimitsConfig
 
@@ -149,6 +150,33 @@ def test_the_deployed_module(address: str, tmp_path: Path, monkeypatch: pytest.M
     [result] = httpx.post(f"{address}/deployed/v1/score", json={"text": RUDE}, timeout=60).json()["results"]
     serve.delete("deployed")
     assert result["per_classifier"] == pytest.approx({"rude_words": 0.1})
+
+
+def test_a_calibration_reaches_every_format_but_not_the_score(deploy: Callable[..., str]) -> None:
+    model = {"model": "faulty:rude_words", "revision": "unversioned", "label": "toxic", "label_means": "toxic"}
+    halve = {"method": "isotonic", "knots": [[0, 0], [1, 0.5]], "texts": 100, "toxic": 40}
+    table = {
+        "models": {"rude_words": {**model, "temperature": 1}},
+        "classifiers": {"rude_words": {"method": "temperature", "temperature": 0.5, "texts": 100, "toxic": 40}},
+        "attributes": {"TOXICITY": {**halve, "classifiers": ["rude_words"]}},
+    }
+    # The odds 9 : 1 are squared.
+    toxicity = 81 / 82
+    with httpx.Client(base_url=deploy([linear("rude_words", "faulty:rude_words")], calibration=table)) as asking:
+        request = {"text": RUDE, "toxicity": True, "spans": True, "threshold": 0.95}
+        [result] = asking.post("/v1/score", json=request).json()["results"]
+        assert result["toxicity"] == {"rude_words": pytest.approx(toxicity)}
+        assert result["verdict"] == {"toxicity": pytest.approx(toxicity), "threshold": 0.95, "toxic": True}
+        assert result["spans"][0]["toxicity"] == pytest.approx(toxicity)
+        assert result["per_classifier"] == pytest.approx({"rude_words": 0.1})
+        request = {"comment": {"text": RUDE}, "requestedAttributes": {"TOXICITY": {}}}
+        scores = asking.post("/v1alpha1/comments:analyze", json=request).json()["attributeScores"]
+        assert scores["TOXICITY"]["summaryScore"]["value"] == pytest.approx(toxicity / 2)
+        [result] = asking.post("/v1/moderations", json={"input": RUDE}).json()["results"]
+        assert result["category_scores"]["harassment"] == pytest.approx(toxicity)
+    table["models"]["rude_words"]["temperature"] = 2
+    with pytest.raises(ConfigError, match=r"fitted with temperature=2\.0, but the service has 1\.0"):
+        deploy([linear("rude_words", "faulty:rude_words")], calibration=table)
 
 
 def test_the_words_member_is_another_librarys_number(client: httpx.Client) -> None:
