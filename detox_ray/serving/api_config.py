@@ -2,11 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from detox_ray.config import ClassifierConfig, RayConfig, RewardConfig, Section
+from detox_ray.config import RayConfig, RewardConfig, Section
 from detox_ray.config_file import parse_config, parse_section, read_tree
 from detox_ray.errors import ConfigError
 from detox_ray.serving.calibration_table import CalibrationTable, read_table
@@ -27,25 +27,31 @@ Category = Literal[
     "violence/graphic",
 ]
 
-EMBEDDED = RewardConfig(
-    classifiers=[
-        ClassifierConfig(
-            name="alt-profanity-check",
-            kind="linear",
-            model="profanity_check:predict_prob",
-            output="probability",
-            calibration="none",
-        ),
-        ClassifierConfig(
-            name="lab-transformer",
-            kind="transformers",
-            model="lab:classifier",
-            label="rude",
-            output="probability",
-            calibration="none",
-        ),
-    ]
-)
+# The service without a configuration. The lab's classifier knows the lab's rudeness and no other (ROC-AUC 0.48 on web
+# text), so it is there to be seen, and toxicity is what the other one says.
+EMBEDDED: dict[str, Any] = {
+    "reward": {
+        "classifiers": [
+            {
+                "name": "alt-profanity-check",
+                "kind": "linear",
+                "model": "profanity_check:predict_prob",
+                "output": "probability",
+                "calibration": "none",
+            },
+            {
+                "name": "lab-transformer",
+                "kind": "transformers",
+                "model": "lab:classifier",
+                "label": "rude",
+                "output": "probability",
+                "calibration": "none",
+            },
+        ]
+    },
+    "attributes": {"TOXICITY": {"classifier": "alt-profanity-check"}},
+    "categories": {"harassment": {"classifier": "alt-profanity-check"}},
+}
 
 
 class Source(Section):
@@ -129,7 +135,7 @@ class HttpConfig(Section):
 class ApiConfig(Section):
     """The scoring service."""
 
-    reward: RewardConfig = Field(EMBEDDED, description="the classifiers, as in a training run")
+    reward: RewardConfig = Field(description="the classifiers, as in a training run; none: the embedded service")
     replicas: dict[str, ScalingConfig] = Field({}, description="by classifier; others have `replicas` fixed ones")
     attributes: dict[str, AttributeSource] = Field(
         {"TOXICITY": AttributeSource()}, description="Perspective attributes this service has"
@@ -156,6 +162,11 @@ class ApiConfig(Section):
     def classifiers_of(self, source: Source) -> list[str]:
         """The names of the classifiers whose toxicity or label `source` is."""
         return [c.name for c in self.reward.classifiers] if source.classifier is None else [source.classifier]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _embedded_without_classifiers(cls, values: Any) -> Any:
+        return values if not isinstance(values, dict) or "reward" in values else EMBEDDED | values
 
     @model_validator(mode="after")
     def _names_exist(self) -> "ApiConfig":

@@ -62,6 +62,13 @@ def attribute_probability(reading: TextReading, name: str, config: ApiConfig) ->
     return probability(reading, config.attributes[name], config.calibration.attributes.get(name))
 
 
+def overall_toxicity(reading: TextReading, config: ApiConfig) -> float:
+    """What verdicts and spans go by: the attribute TOXICITY, or without one the mean toxicity over the classifiers."""
+    if "TOXICITY" in config.attributes:
+        return attribute_probability(reading, "TOXICITY", config)
+    return probability(reading, Source())
+
+
 def category_probability(reading: TextReading, name: Category, config: ApiConfig) -> float:
     """The probability of a category of the moderations API that the configuration has."""
     return probability(reading, config.categories[name], config.calibration.categories.get(name))

@@ -6,14 +6,13 @@ from fastapi import APIRouter, Body
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from detox_ray.serving.api_config import ApiConfig, LimitsConfig, Source
+from detox_ray.serving.api_config import ApiConfig, LimitsConfig
 from detox_ray.serving.api_errors import ScoreError, documented, invalid
-from detox_ray.serving.readings import TextReading, ensemble_scores, most_windows, probability
+from detox_ray.serving.readings import TextReading, ensemble_scores, most_windows, overall_toxicity
 from detox_ray.serving.text_scorer import TextScorer
 from detox_ray.serving.texts import Span, joined
 
 WINDOWS_HEADER = "X-Text-Windows"
-MEAN_TOXICITY = Source()
 
 
 class ScoreRequest(BaseModel):
@@ -27,7 +26,7 @@ class ScoreRequest(BaseModel):
     prompts: list[str] | None = Field(None, description="what each of `texts` answers")
     toxicity: bool = Field(False, description="also return each classifier's probability of toxicity")
     spans: bool = Field(False, description="also return the toxicity of each sentence")
-    threshold: float | None = Field(None, ge=0, le=1, description="also return whether the mean toxicity reaches this")
+    threshold: float | None = Field(None, ge=0, le=1, description="also return whether the toxicity reaches this")
 
     @model_validator(mode="after")
     def _one_form(self) -> "ScoreRequest":
@@ -41,7 +40,7 @@ class ScoreRequest(BaseModel):
 
 
 class Verdict(BaseModel):
-    """The mean toxicity over the classifiers against the threshold of the request."""
+    """The TOXICITY of the service (without that attribute, the mean over the classifiers) against a threshold."""
 
     toxicity: float
     threshold: float
@@ -53,7 +52,7 @@ class SpanToxicity(BaseModel):
 
     begin: int
     end: int
-    toxicity: float = Field(description="mean over the classifiers")
+    toxicity: float = Field(description="as in a verdict")
     per_classifier: dict[str, float]
 
 
@@ -122,8 +121,8 @@ def score_router(config: ApiConfig, scorer: TextScorer, models: dict[str, dict[s
                 per_classifier=scores[i].per_classifier,
                 disagreement=scores[i].disagreement,
                 toxicity=reading.toxicity if request.toxicity else None,
-                verdict=_verdict(reading, request.threshold),
-                spans=[_span(span, part) for span, part in spans[i]] if request.spans else None,
+                verdict=_verdict(reading, request.threshold, config),
+                spans=[_span(span, part, config) for span, part in spans[i]] if request.spans else None,
                 windows=reading.windows if max(reading.windows.values()) > 1 else None,
             )
             for i, reading in enumerate(whole)
@@ -133,18 +132,18 @@ def score_router(config: ApiConfig, scorer: TextScorer, models: dict[str, dict[s
     return router
 
 
-def _verdict(reading: TextReading, threshold: float | None) -> Verdict | None:
+def _verdict(reading: TextReading, threshold: float | None, config: ApiConfig) -> Verdict | None:
     if threshold is None:
         return None
-    toxicity = probability(reading, MEAN_TOXICITY)
+    toxicity = overall_toxicity(reading, config)
     return Verdict(toxicity=toxicity, threshold=threshold, toxic=toxicity >= threshold)
 
 
-def _span(span: Span, reading: TextReading) -> SpanToxicity:
+def _span(span: Span, reading: TextReading, config: ApiConfig) -> SpanToxicity:
     return SpanToxicity(
         begin=span[0],
         end=span[1],
-        toxicity=probability(reading, MEAN_TOXICITY),
+        toxicity=overall_toxicity(reading, config),
         per_classifier=reading.toxicity,
     )
 
