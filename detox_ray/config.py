@@ -282,20 +282,25 @@ class KLConfig(Section):
     horizon: int = Field(10_000, ge=1, description="responses over which beta adapts, when adaptive")
 
 
-class PPOConfig(Section):
+class OptimizerConfig(Section):
+    """How the adapter's weights are moved along their gradients."""
+
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="of the adapter")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rates rise from 0")
+    schedule: Literal["constant", "linear"] = Field("constant", description="linear: rates fall to 0 at the last step")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+
+
+class PPOConfig(OptimizerConfig):
     """Proximal policy optimisation (Schulman et al. 2017)."""
 
     batch_size: int = Field(128, ge=2, description="responses a step, over all learner workers")
     epochs: int = Field(2, ge=1, description="passes over a batch")
     minibatches: int = Field(2, ge=1, description="optimiser steps a pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an optimiser step is summed over")
-    learning_rate: float = Field(3e-4, gt=0, le=1, description="of the adapter")
     value_learning_rate: float = Field(1e-3, gt=0, le=1, description="of the value head, which starts from zero")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rates rise from 0")
-    schedule: Literal["constant", "linear"] = Field("constant", description="linear: rates fall to 0 at total_steps")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     estimator: Literal["gae", "rloo", "grpo"] = Field(
         "gae", description="of the advantage; only gae trains the value head"
     )
@@ -320,16 +325,21 @@ class PPOConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """How long the learner runs, on what, and how often it saves."""
+class LearnerConfig(Section):
+    """What the learner runs on."""
 
-    total_steps: int = Field(40, ge=1)
-    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
     workers: int = Field(1, ge=1, description="learner processes (data parallel)")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one learner")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one learner")
     threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
     max_failures: int = Field(3, ge=0, description="learner crashes survived within one command")
+
+
+class TrainConfig(LearnerConfig):
+    """How long the learner runs, on what, and how often it saves."""
+
+    total_steps: int = Field(40, ge=1)
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
 
 
 class EvaluationConfig(Section):
@@ -371,14 +381,25 @@ class RayConfig(Section):
     num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; none: those of the machine")
 
 
-class Config(Section):
-    """A run."""
+class RunSettings(Section):
+    """What a run of any kind has."""
 
     name: str = Field(
         "run", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run and of its folder"
     )
     output_dir: str = Field("runs", description="folder of run folders")
     seed: int = Field(0, ge=0, le=2**31 - 1)
+    ray: RayConfig = RayConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """`output_dir/name`, absolute."""
+        return (Path(self.output_dir) / self.name).resolve()
+
+
+class Config(RunSettings):
+    """A detoxification run."""
+
     data: DataConfig = DataConfig()
     policy: PolicyConfig = PolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -386,12 +407,6 @@ class Config(Section):
     ppo: PPOConfig = PPOConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    ray: RayConfig = RayConfig()
-
-    @property
-    def run_dir(self) -> Path:
-        """`output_dir/name`, absolute."""
-        return (Path(self.output_dir) / self.name).resolve()
 
     def with_absolute_paths(self) -> "Config":
         """The same with every model, adapter and prompt path that exists here made absolute, for other processes."""

@@ -103,7 +103,7 @@ def meter_config(target: str | Path, overrides: Overrides = ()) -> MeterConfig:
         run = RunFolder.existing(path)
         if not run.adapter.exists():
             raise ConfigError(f"{path} has no adapter yet; continue it with detox-ray train {run.config_file}")
-        of_run = meter_of_run(run, run.read_config())
+        of_run = meter_of_run(run, run.read_config(Config))
         meter = parse_section(MeterConfig, read_tree(of_run.model_dump(), overrides))
         _keep_apart(meter, of_run)
         return meter

@@ -125,6 +125,10 @@ class Policy(nn.Module):
         """The adapter's and the value head's parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The adapter's part of `trainable`."""
+        return [p for name, p in self.trainable().items() if not name.startswith("value_head")]
+
     def adapter(self, version: int) -> Adapter:
         """A copy of the adapter, to save or to send."""
         return read_weights(self.model, version)
