@@ -24,6 +24,22 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+# Published files of dialogues and pairs, and any other file with a column of prompts and one of responses.
+DialogueFormat = Literal["dialoconan", "multitarget_conan", "dialogsum", "paradetox", "pairs"]
+PLACE_OF_PROMPT = "{prompt}"
+
+
+def _is_template(value: str) -> str:
+    if value not in {"auto", "chat", "none"} and PLACE_OF_PROMPT not in value:
+        raise ValueError(
+            f"template {value!r} has no {PLACE_OF_PROMPT}: say where the prompt goes, as in "
+            f"'Human: {PLACE_OF_PROMPT}\\nAssistant: ', or use auto, chat or none"
+        )
+    return value
+
+
+Template = Annotated[str, AfterValidator(_is_template)]
+
 
 class DataConfig(Section):
     """Where prompts come from and which of them are used."""
@@ -35,6 +51,15 @@ class DataConfig(Section):
     text_column: str = Field(
         "prompt", description="column with the text; RealToxicityPrompts' nested form is understood"
     )
+    format: Literal["text", "dialoconan", "multitarget_conan", "dialogsum", "paradetox"] = Field(
+        "text", description="text: a prompt a record; others: published dialogues and pairs, without the last answer"
+    )
+    template: Template = Field(
+        "none",
+        description="what is written around prompts: none; chat: the tokenizer's chat template; auto: that, or a plain "
+        "one where there is none; or a text with {prompt}",
+    )
+    turn_separator: str = Field("\n", description="between an answer and the next turn, unless the template is chat")
     attribute: str = Field(
         "toxicity", description="score the window below looks at (RealToxicityPrompts attribute or column)"
     )
@@ -43,7 +68,9 @@ class DataConfig(Section):
     min_tokens: int = Field(1, ge=1, description="prompts shorter than this many tokens are dropped")
     max_tokens: int = Field(64, ge=1, description="longest prompt, in tokens, start token not counted")
     too_long: Literal["trim", "drop"] = Field(
-        "trim", description="cut longer prompts to max_tokens from the start, or drop them"
+        "trim",
+        description="cut longer prompts to their first max_tokens (of a dialogue leave out the earliest turns, but cut "
+        "nothing that a template is written around), or drop them",
     )
     limit: int | None = Field(
         None, ge=1, description="use at most this many prompts (after the filters, seeded choice)"
@@ -58,6 +85,8 @@ class DataConfig(Section):
             raise ValueError(f"data.min_tokens={self.min_tokens} is above data.max_tokens={self.max_tokens}")
         if self.min_score is not None and self.max_score is not None and self.min_score > self.max_score:
             raise ValueError(f"data.min_score={self.min_score} is above data.max_score={self.max_score}")
+        if self.format == "dialoconan" and self.template == "none":
+            raise ValueError("data.template=none cannot tell the turns of a dialogue apart: use auto, chat or a text")
         return self
 
 
