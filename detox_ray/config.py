@@ -109,6 +109,9 @@ class PolicyConfig(Section):
     adapter: str | None = Field(
         None, description="folder of a PEFT LoRA adapter to start from; its shape must match lora"
     )
+    reference: Literal["base", "adapter"] = Field(
+        "base", description="what PPO's KL is taken to: the model without an adapter, or with the one it starts from"
+    )
     pad_token: str | None = Field(None, description="token to pad with, for a tokenizer that has none")
     quantization: Literal["none", "int8", "nf4"] = Field("nf4", description="format of the frozen base in the learner")
     double_quantization: bool = Field(True, description="quantise the NF4 scales as well (Dettmers et al. 2023)")
@@ -117,6 +120,17 @@ class PolicyConfig(Section):
     )
     lora: LoraConfig = LoraConfig()
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+    @property
+    def base_identity(self) -> str:
+        """Equal for policies that are the same base, whatever is trained on it."""
+        return self.model_dump_json(exclude={"adapter", "reference", "lora", "gradient_checkpointing"})
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> "PolicyConfig":
+        if self.reference == "adapter" and self.adapter is None:
+            raise ValueError("policy.reference=adapter needs policy.adapter: name the adapter's folder, or use base")
+        return self
 
 
 class RolloutConfig(Section):

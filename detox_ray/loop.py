@@ -11,7 +11,7 @@ from detox_ray.data.lab import resolve_lab
 from detox_ray.evaluation.during_training import HeldoutEvaluation
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.learner.train_loop import LearnerTask, train_loop
-from detox_ray.measurement import answer, judge_and_report, push_adapter, rollout_workers
+from detox_ray.measurement import answer, judge_and_report, rollout_workers
 from detox_ray.meter_config import meter_of_run
 from detox_ray.plan import Plan, prepare
 from detox_ray.rewards.classifiers import score_texts
@@ -49,18 +49,17 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
         with rollout_workers(plan.engine, plan.config.rollout) as workers, reward_app(plan) as reward:
             pool = worker_pool(plan, workers)
             meter = meter_of_run(plan.run, plan.config)
-            before, after = meter.systems
+            *before, after = meter.systems
             heldout = plan.prompts.heldout[: meter.prompts]
-            base = answer(pool, before, heldout, plan.engine.end_ids, meter, plan.run, terminal)
+            answers = [answer(pool, plan.engine, system, heldout, meter, plan.run, terminal) for system in before]
             stream = rollout_stream(plan, pool, calibrated_reward(pool, reward, plan))
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
                 fit(plan, stream)
             terminal.stage("verifying the saved adapter on the workers")
             pool.connect()
-            push_adapter(pool, plan.engine, plan.run.adapter)
-            tuned = answer(pool, after, heldout, plan.engine.end_ids, meter, plan.run, terminal)
-    evaluation = judge_and_report(meter, plan.run, [base, tuned], terminal, steps=plan.run.trained_steps())
+            answers.append(answer(pool, plan.engine, after, heldout, meter, plan.run, terminal))
+    evaluation = judge_and_report(meter, plan.run, answers, terminal, steps=plan.run.trained_steps())
     terminal.stage(f"adapter: {plan.run.adapter}")
     return evaluation
 

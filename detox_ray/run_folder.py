@@ -53,8 +53,7 @@ class RunFolder:
 
     def dequantized_base(self, policy: PolicyConfig) -> Path:
         """Of one base: a folder of evaluations may hold several."""
-        base = policy.model_dump_json(exclude={"adapter", "lora", "gradient_checkpointing"})
-        return self.path / f"dequantized_base-{hashlib.sha256(base.encode()).hexdigest()[:8]}"
+        return self.path / f"dequantized_base-{hashlib.sha256(policy.base_identity.encode()).hexdigest()[:8]}"
 
     @property
     def ray_logs(self) -> Path:
