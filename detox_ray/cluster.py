@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from detox_ray.config import Config, RayConfig, RolloutConfig
+from detox_ray.config import Config, LearnerConfig, RayConfig, RolloutConfig
 from detox_ray.errors import ConfigError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -56,6 +56,20 @@ def check_rollout_resources(rollout: RolloutConfig, available: dict[str, float])
             raise ConfigError(
                 f"{rollout.workers} rollout workers x {each:g} need {rollout.workers * each:g} {kind}s and Ray has "
                 f"{available.get(kind, 0):g}; lower rollout.workers or rollout.num_{kind.lower()}s"
+            )
+
+
+def check_learner_resources(learners: LearnerConfig, available: dict[str, float]) -> None:
+    """As `check_resources`, of learners alone.
+
+    Raises:
+        ConfigError: more is needed than there is.
+    """
+    for kind, each in (("CPU", learners.num_cpus), ("GPU", learners.num_gpus)):
+        if learners.workers * each > available.get(kind, 0) + 1e-6:
+            raise ConfigError(
+                f"{learners.workers} learners x {each:g} need {learners.workers * each:g} {kind}s and Ray has "
+                f"{available.get(kind, 0):g}; lower train.workers or train.num_{kind.lower()}s"
             )
 
 
