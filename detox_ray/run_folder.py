@@ -127,10 +127,11 @@ class RunFolder:
         """
         tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
         if ("reward" in tree) != ("reward" in kind.model_fields):
-            found = (
-                "a detoxification run (detox-ray train)" if "reward" in tree else "a fine-tuning run (detox-ray sft)"
+            found = "detoxification run (detox-ray train)" if "reward" in tree else "fine-tuning run (detox-ray sft)"
+            raise ConfigError(
+                f"{self.path} holds a {found}; choose another name=..., or name its adapter: as policy.adapter, or as "
+                "a system of an evaluation such as configs/meter.yaml"
             )
-            raise ConfigError(f"{self.path} holds {found}; choose another folder or name=...")
         return parse_section(kind, tree)
 
     def read_calibrated(self) -> RewardConfig | None:

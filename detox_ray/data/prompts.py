@@ -90,6 +90,7 @@ def _unique_prompts(
             skipped["duplicate"] += 1
             # Of several spellings the smallest stays, whatever order they come in.
             prompt = min(prompt, unique[key].prompt, key=lambda p: (p.text, p.token_ids, repr(p.meta)))
+            group = min(group, unique[key].group)
         unique[key] = _Found(prompt, group)
     if not unique:
         raise DataError(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from detox_ray.learner.optimizer import make_optimizer, rate_factor
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.records import TokenizedExample
+from detox_ray.schedule import Schedule
+
+WINDOW = 8  # batches that are sorted by length together
 
 
 @dataclass
@@ -127,6 +131,27 @@ class SFT:
         """Continue from a `state`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.dev_loss = DevLoss(**state["dev_loss"])
+
+
+@dataclass(frozen=True)
+class BucketedBatches:
+    """The batch of each step, of examples of similar length: a pure function of the step, so it needs no state.
+
+    Examples are drawn in seeded passes, `WINDOW` batches at a time; within a window they are sorted by length and cut
+    into batches, which come in a seeded order.
+    """
+
+    examples: Sequence[TokenizedExample]
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> list[TokenizedExample]:
+        """The `batch_size` examples of a step."""
+        window, position = divmod(step, WINDOW)
+        drawn = sorted(Schedule(self.examples, WINDOW * self.batch_size, self.seed)(window), key=len)
+        order = np.random.default_rng((self.seed, window)).permutation(WINDOW)
+        first = int(order[position]) * self.batch_size
+        return drawn[first : first + self.batch_size]
 
 
 def pieces_by_length(examples: Sequence[TokenizedExample], max_tokens: int) -> Iterator[list[TokenizedExample]]:

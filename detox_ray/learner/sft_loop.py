@@ -11,7 +11,7 @@ from ray.train.torch import get_device
 
 from detox_ray.learner.checkpoints import failures_left_in, resume, save_checkpoint
 from detox_ray.learner.distributed import world
-from detox_ray.learner.sft import SFT, share_of
+from detox_ray.learner.sft import SFT, BucketedBatches, share_of
 from detox_ray.metrics_file import (
     ADAPTER_FOLDER,
     FINE_TUNING_FILE,
@@ -24,7 +24,6 @@ from detox_ray.metrics_file import (
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.records import TokenizedExample
-from detox_ray.schedule import Schedule
 from detox_ray.sft_config import SFTConfig
 
 
@@ -52,7 +51,7 @@ def _tune(task: TuningTask) -> None:
     torch.set_num_threads(train.threads)
     policy = Policy(config.policy, get_device(), config.seed)
     sft = SFT(policy, train, train.microbatch_tokens, task.pad_id, task.total_steps, config.seed)
-    batches = Schedule(task.train, train.batch_size, config.seed)
+    batches = BucketedBatches(task.train, train.batch_size, config.seed)
     dev = share_of(task.dev)
     step = resume(sft)
     if step == 0 and sft.look(dev, steps=0):

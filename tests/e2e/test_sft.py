@@ -14,11 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from detox_ray.data.example_split import load_examples
-from detox_ray.learner.sft import SFT
+from detox_ray.learner.sft import SFT, BucketedBatches
 from detox_ray.policy.adapter import Adapter, load_adapter
 from detox_ray.policy.load import end_token_ids, load_tokenizer
 from detox_ray.policy.policy import Policy
-from detox_ray.schedule import Schedule
 from detox_ray.sft_config import SFTConfig, load_sft_config
 
 pytestmark = pytest.mark.e2e
@@ -50,7 +49,7 @@ def undisturbed(config: SFTConfig) -> tuple[list[float], Adapter]:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(config.policy)
     examples = load_examples(config.data, tokenizer, end_token_ids(config.policy, tokenizer), config.seed)
-    batches = Schedule(examples.train, config.train.batch_size, config.seed)
+    batches = BucketedBatches(examples.train, config.train.batch_size, config.seed)
     policy = Policy(config.policy, torch.device("cpu"), config.seed)
     sft = SFT(policy, config.train, config.train.microbatch_tokens, int(tokenizer.pad_token_id), STEPS, config.seed)
     sft.look(examples.dev, 0)

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, OptimizerConfig, PolicyConfig
-from detox_ray.learner.sft import SFT, DevLoss, pieces_by_length
+from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, pieces_by_length
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.records import TokenizedExample
@@ -137,6 +137,21 @@ def test_the_best_of_the_dev_losses_is_remembered() -> None:
     ]
     assert found == DevLoss(first=3.0, last=1.9, best=1.9, best_steps=20, looks_since_best=0)
     assert not found.take(float("nan"), 25)
+
+
+def test_batches_hold_every_example_once_a_pass_and_are_of_similar_length() -> None:
+    pool = examples(WINDOW * 4 * 3)
+    batches = BucketedBatches(pool, 4, seed=0)
+    one_pass = [batches(step) for step in range(WINDOW * 3)]
+    assert sorted(id(e) for batch in one_pass for e in batch) == sorted(map(id, pool))
+    assert all(len(batch) == 4 for batch in one_pass)
+    spread = [max(map(len, batch)) - min(map(len, batch)) for batch in one_pass]
+    assert np.mean(spread) < 5 < max(map(len, pool)) - min(map(len, pool))
+    lengths = [len(batch[0]) for batch in one_pass[:WINDOW]]
+    assert lengths != sorted(lengths)
+    again = BucketedBatches(pool, 4, seed=0)(17)
+    assert [id(e) for e in again] == [id(e) for e in one_pass[17]]
+    assert [id(e) for e in BucketedBatches(pool, 4, seed=1)(17)] != [id(e) for e in one_pass[17]]
 
 
 def test_pieces_hold_what_fits_and_everything_once() -> None:
