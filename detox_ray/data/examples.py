@@ -7,7 +7,7 @@ files are stripped of white space around them; those of a file of pairs are kept
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from detox_ray.config import DialogueFormat
 from detox_ray.data.tables import Row, Tally, described, read_rows, require_columns
@@ -45,7 +45,7 @@ class Columns(NamedTuple):
 
 
 # The columns of the published files. DialogSum's test split has three references instead of one summary.
-PAIRS: dict[str, list[Columns]] = {
+PAIRS: dict[DialogueFormat, list[Columns]] = {
     "multitarget_conan": [Columns("HATE_SPEECH", ("COUNTER_NARRATIVE",))],
     "dialogsum": [Columns("dialogue", ("summary",)), Columns("dialogue", ("summary1", "summary2", "summary3"))],
     "paradetox": [Columns("toxic", ("neutral1", "neutral2", "neutral3"))],
@@ -75,7 +75,7 @@ def read_examples(
     if not rows:
         raise DataError(f"{path} has no rows{described(tally.counts())}; give a file of dialogues or pairs")
     present = list(dict.fromkeys(name for _, row in rows for name in row))
-    found = format or _format_of(present)
+    found = format or _format_of(present, (prompt_column, response_column))
     if found == "dialoconan":
         require_columns(path, DIALOGUE_COLUMNS, present)
         examples = _dialogue_examples(rows, tally)
@@ -90,14 +90,12 @@ def read_examples(
     return ExampleFile(unique, found, tally.counts())
 
 
-def _format_of(present: Sequence[str]) -> DialogueFormat:
-    """The published format that has these columns, else pairs."""
+def _format_of(present: Sequence[str], named: tuple[str, str]) -> DialogueFormat:
+    """Pairs where the columns named for them are there, else the published format that has these columns."""
     if set(DIALOGUE_COLUMNS) <= set(present):
         return "dialoconan"
-    names: tuple[Literal["multitarget_conan", "dialogsum", "paradetox"], ...]
-    names = ("multitarget_conan", "dialogsum", "paradetox")
-    for name in names:
-        if any({c.prompt, c.responses[0]} <= set(present) for c in PAIRS[name]):
+    for name, kinds in PAIRS.items():
+        if not set(named) <= set(present) and any({c.prompt, c.responses[0]} <= set(present) for c in kinds):
             return name
     return "pairs"
 
@@ -107,6 +105,9 @@ def _pair_examples(
 ) -> Iterator[tuple[str, Example]]:
     """(place, example) of every prompt and response; of several responses to a prompt, each is an example."""
     for place, row in rows:
+        if any(isinstance(row.get(name), list | bool) for name in (columns.prompt, *columns.responses)):
+            tally.add("prompt or response that is not text", place)
+            continue
         prompt = _text(row, columns.prompt)
         responses = [_text(row, name) for name in columns.responses]
         if not prompt.strip() or not responses[0].strip():
@@ -137,8 +138,8 @@ def _dialogue_examples(rows: list[tuple[str, Row]], tally: Tally) -> Iterator[tu
 def _in_order(turns: list[tuple[str, Row]], tally: Tally) -> list[tuple[str, Row]]:
     """The turns by their number, up to the first gap or repetition; none where a number is no number."""
     try:
-        numbered = sorted((int(row["turn_id"]), place, row) for place, row in turns)
-    except (KeyError, TypeError, ValueError):
+        numbered = sorted((_whole_number(row.get("turn_id")), place, row) for place, row in turns)
+    except (TypeError, ValueError, OverflowError):
         tally.add("dialogue with a turn_id that is no whole number", turns[0][0])
         return []
     first = numbered[0][0]
@@ -181,6 +182,14 @@ def _unique(examples: Iterator[tuple[str, Example]], tally: Tally) -> list[Examp
         else:
             unique[key] = example
     return list(unique.values())
+
+
+def _whole_number(value: Any) -> int:
+    """Of 3, "3" and "3.0"; errors as `float` and `int`."""
+    number = float(value)
+    if number != int(number):
+        raise ValueError(value)
+    return int(number)
 
 
 def _text(row: Row, name: str) -> str:

@@ -39,13 +39,13 @@ def test_broken_dialogues_are_counted_with_their_place(published: dict[str, Path
 
 def test_turns_without_number_or_dialogue_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "turns.csv"
-    rows = ["text,dialogue_id,turn_id,type", "a,1,0,HS", "b,1,1,CN", "c,2,first,HS", "d,,0,HS"]
+    rows = ["text,dialogue_id,turn_id,type", "a,1,0,HS", "b,1,1.0,CN", "c,2,first,HS", "d,,0,HS", "e,3,0.5,HS"]
     path.write_text("\n".join(rows) + "\n")
     file = read_examples(path)
     assert [e.response for e in file.examples] == ["b"]
     assert file.left_out == {
         "turn without a dialogue_id (first in line 5)": 1,
-        "dialogue with a turn_id that is no whole number (first in line 4)": 1,
+        "dialogue with a turn_id that is no whole number (first in line 4)": 2,
     }
 
 
@@ -84,6 +84,13 @@ def test_any_file_of_pairs_is_kept_as_it_is(published: dict[str, Path], tmp_path
     path = tmp_path / "named.csv"
     path.write_text("question,answer\nWhy?,Because.\n")
     assert said(path, prompt_column="question", response_column="answer") == [(("Why?",), "Because.")]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(
+        '{"toxic": "a", "neutral1": "b", "prompt": "c", "response": 4}\n{"prompt": ["d"], "response": "e"}\n'
+    )
+    assert said(path) == [(("c",), "4")]
+    assert said(path, prompt_column="nothing") == [(("a",), "b")]
+    assert read_examples(path).left_out == {"prompt or response that is not text (first in line 2)": 1}
 
 
 def test_what_cannot_be_read_is_refused_with_the_fix(published: dict[str, Path], tmp_path: Path) -> None:
