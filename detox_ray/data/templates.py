@@ -16,7 +16,7 @@ PLAIN_TEMPLATE = f"Human: {PLACE_OF_PROMPT}\nAssistant: "
 
 @dataclass(frozen=True)
 class WrittenPrompt:
-    """A prompt as the model reads it: `token_ids` are the start token, if the model has one, and those of `text`."""
+    """A prompt as the model reads it: `token_ids` begin with the start token, if there is one; `text` is without it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -57,11 +57,9 @@ class DialogueTemplate:
         if not self._is_chat:
             text = self._plain_text(turns)
             return WrittenPrompt(text, (*self._start, *self._ids(text)))
+        # The template writes the start token itself, or wants none.
         text = self._chat_text(turns)
-        if self._start and text.startswith(str(self._tokenizer.bos_token)):
-            text = text.removeprefix(str(self._tokenizer.bos_token))
-            return WrittenPrompt(text, (*self._start, *self._ids(text)))
-        return WrittenPrompt(text, tuple(self._ids(text)))
+        return WrittenPrompt(text.removeprefix(str(self._tokenizer.bos_token)), tuple(self._ids(text)))
 
     def fitting_prompt(self, turns: Sequence[str], max_tokens: int, trim: bool) -> WrittenPrompt | None:
         """The prompt in at most `max_tokens` tokens, with `trim` without the earliest turns; None where that fails."""
@@ -79,8 +77,10 @@ class DialogueTemplate:
         Raises:
             ModelError: the chat template writes an answer elsewhere than where it asks for one.
         """
-        written = self._chat_answer(turns, response) if self._is_chat else self._answer_space + response
-        prompt = self.prompt(turns).text
+        if self._is_chat:
+            prompt, written = self._chat_text(turns), self._chat_answer(turns, response)
+        else:
+            prompt, written = self._plain_text(turns), self._answer_space + response
         prompt_ids, together = self._ids(prompt), self._ids(prompt + written)
         clean = together[: len(prompt_ids)] == prompt_ids
         # Where the answer would merge with the prompt's last token, sampling begins behind it all the same.
