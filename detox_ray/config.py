@@ -33,8 +33,10 @@ def _is_template(value: str) -> str:
     if value not in {"auto", "chat", "none"} and PLACE_OF_PROMPT not in value:
         raise ValueError(
             f"template {value!r} has no {PLACE_OF_PROMPT}: say where the prompt goes, as in "
-            f"'Human: {PLACE_OF_PROMPT}\\nAssistant: ', or use auto, chat or none"
+            f'"Human: {PLACE_OF_PROMPT}\\nAssistant: ", or use auto, chat or none'
         )
+    if "\\n" in value:
+        raise ValueError(f"template {value!r} has a backslash and an n: YAML reads a line break in double quotes only")
     return value
 
 

@@ -3,6 +3,7 @@
 Training, rollouts and evaluation all write prompts here, so that a model is asked as it was taught.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class DialogueTemplate:
         if template == "chat" and not has_chat:
             raise ConfigError(
                 f"data.template=chat: the tokenizer of {tokenizer.name_or_path} has no chat template; write one, such "
-                f"as data.template={PLAIN_TEMPLATE!r}"
+                f"as data.template: {json.dumps(PLAIN_TEMPLATE)}"
             )
         self._is_chat = template == "chat" or (template == "auto" and has_chat)
         text = {"auto": PLAIN_TEMPLATE, "none": PLACE_OF_PROMPT}.get(template, template)
@@ -103,7 +104,7 @@ class DialogueTemplate:
         except Exception as error:
             raise ModelError(
                 f"the tokenizer's chat template fails ({' '.join(str(error).split())[:120]}); "
-                f"write another, such as data.template={PLAIN_TEMPLATE!r}"
+                f"write another, such as data.template: {json.dumps(PLAIN_TEMPLATE)}"
             ) from None
 
     def _chat_answer(self, turns: Sequence[str], response: str) -> str:
@@ -112,7 +113,7 @@ class DialogueTemplate:
         if not whole.startswith(prompt):
             raise ModelError(
                 "the tokenizer's chat template writes an answer elsewhere than where it asks for one; "
-                f"write another, such as data.template={PLAIN_TEMPLATE!r}"
+                f"write another, such as data.template: {json.dumps(PLAIN_TEMPLATE)}"
             )
         return whole[len(prompt) :]
 

@@ -112,6 +112,8 @@ def test_templates_that_cannot_be_are_refused(
     for section in (DataConfig, ExampleConfig):
         with pytest.raises(ValueError, match=r"template 'Human: ' has no \{prompt\}: say where the prompt goes"):
             section(template="Human: ")
+        with pytest.raises(ValueError, match="YAML reads a line break in double quotes only"):
+            section(template=r"Human: {prompt}\nAssistant: ")
     with pytest.raises(ConfigError, match=r"data\.template=chat: the tokenizer of .* has no chat template"):
         DialogueTemplate(merging_tokenizer, "chat", "\n")
     monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ raise_exception('no second turn') }}")
