@@ -252,7 +252,7 @@ def _run_trl(task: dict[str, Any], config: Any, folder: Path, options: argparse.
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
     environment = {"OMP_NUM_THREADS": str(THREADS)}
     if options.same_allocator:
-        from detox_ray.loop import LEARNER_ENVIRONMENT
+        from detox_ray.trainer import LEARNER_ENVIRONMENT
 
         environment |= LEARNER_ENVIRONMENT
     script = Path(__file__).with_name("trl_ppo.py")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from detox_ray.config import Config
 from detox_ray.config_file import load_config
 from detox_ray.errors import ConfigError, DataError, DetoxError, ModelError, RewardError, SyncError
+from detox_ray.sft_config import load_sft_config
 
 # Ray and the tokenizers read these when they are imported.
 for _name, _value in {
@@ -22,6 +23,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 if TYPE_CHECKING:
     from detox_ray.loop import score, train
     from detox_ray.measurement import evaluate
+    from detox_ray.sft import fine_tune
 
 __all__ = [
     "Config",
@@ -32,18 +34,24 @@ __all__ = [
     "RewardError",
     "SyncError",
     "evaluate",
+    "fine_tune",
     "load_config",
+    "load_sft_config",
     "score",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`train`, `evaluate` and `score`, imported on first use: they bring torch and Ray."""
+    """`train`, `fine_tune`, `evaluate` and `score`, imported on first use: they bring torch and Ray."""
     if name == "evaluate":
         from detox_ray.measurement import evaluate
 
         return evaluate
+    if name == "fine_tune":
+        from detox_ray.sft import fine_tune
+
+        return fine_tune
     if name in {"train", "score"}:
         from detox_ray import loop
 

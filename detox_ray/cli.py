@@ -38,6 +38,15 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sft(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Fine-tune on prompts and responses, keep the adapter of the lowest dev loss; continues a run that was stopped."""
+    from detox_ray.sft import fine_tune
+    from detox_ray.sft_config import load_sft_config
+
+    fine_tune(load_sft_config(config, overrides or []))
+
+
+@app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(help="YAML file, run folder, file of responses, model folder or hub id")],
     overrides: Overrides = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from detox_ray.config import Config, RayConfig, RolloutConfig
+from detox_ray.config import Config, LearnerConfig, RayConfig, RolloutConfig
 from detox_ray.errors import ConfigError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -51,11 +51,24 @@ def check_rollout_resources(rollout: RolloutConfig, available: dict[str, float])
     Raises:
         ConfigError: more is needed than there is.
     """
-    for kind, each in (("CPU", rollout.num_cpus), ("GPU", rollout.num_gpus)):
-        if rollout.workers * each > available.get(kind, 0) + 1e-6:
+    _check_workers("rollout workers", "rollout", rollout, available)
+
+
+def check_learner_resources(learners: LearnerConfig, available: dict[str, float]) -> None:
+    """As `check_resources`, of learners alone.
+
+    Raises:
+        ConfigError: more is needed than there is.
+    """
+    _check_workers("learners", "train", learners, available)
+
+
+def _check_workers(what: str, section: str, config: RolloutConfig | LearnerConfig, available: dict[str, float]) -> None:
+    for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
+        if config.workers * each > available.get(kind, 0) + 1e-6:
             raise ConfigError(
-                f"{rollout.workers} rollout workers x {each:g} need {rollout.workers * each:g} {kind}s and Ray has "
-                f"{available.get(kind, 0):g}; lower rollout.workers or rollout.num_{kind.lower()}s"
+                f"{config.workers} {what} x {each:g} need {config.workers * each:g} {kind}s and Ray has "
+                f"{available.get(kind, 0):g}; lower {section}.workers or {section}.num_{kind.lower()}s"
             )
 
 

@@ -24,6 +24,24 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+# Published files of dialogues and pairs, and any other file with a column of prompts and one of responses.
+DialogueFormat = Literal["dialoconan", "multitarget_conan", "dialogsum", "paradetox", "pairs"]
+PLACE_OF_PROMPT = "{prompt}"
+
+
+def _is_template(value: str) -> str:
+    if value not in {"auto", "chat", "none"} and PLACE_OF_PROMPT not in value:
+        raise ValueError(
+            f"template {value!r} has no {PLACE_OF_PROMPT}: say where the prompt goes, as in "
+            f'"Human: {PLACE_OF_PROMPT}\\nAssistant: ", or use auto, chat or none'
+        )
+    if "\\n" in value:
+        raise ValueError(f"template {value!r} has a backslash and an n: YAML reads a line break in double quotes only")
+    return value
+
+
+Template = Annotated[str, AfterValidator(_is_template)]
+
 
 class DataConfig(Section):
     """Where prompts come from and which of them are used."""
@@ -35,6 +53,15 @@ class DataConfig(Section):
     text_column: str = Field(
         "prompt", description="column with the text; RealToxicityPrompts' nested form is understood"
     )
+    format: Literal["text", "dialoconan", "multitarget_conan", "dialogsum", "paradetox"] = Field(
+        "text", description="text: a prompt a record; others: published dialogues and pairs, without the last answer"
+    )
+    template: Template = Field(
+        "none",
+        description="what is written around prompts: none; chat: the tokenizer's chat template; auto: that, or a plain "
+        "one where there is none; or a text with {prompt}",
+    )
+    turn_separator: str = Field("\n", description="between an answer and the next turn, unless the template is chat")
     attribute: str = Field(
         "toxicity", description="score the window below looks at (RealToxicityPrompts attribute or column)"
     )
@@ -43,7 +70,9 @@ class DataConfig(Section):
     min_tokens: int = Field(1, ge=1, description="prompts shorter than this many tokens are dropped")
     max_tokens: int = Field(64, ge=1, description="longest prompt, in tokens, start token not counted")
     too_long: Literal["trim", "drop"] = Field(
-        "trim", description="cut longer prompts to max_tokens from the start, or drop them"
+        "trim",
+        description="cut longer prompts to their first max_tokens (of a dialogue leave out the earliest turns, but cut "
+        "nothing that a template is written around), or drop them",
     )
     limit: int | None = Field(
         None, ge=1, description="use at most this many prompts (after the filters, seeded choice)"
@@ -58,6 +87,8 @@ class DataConfig(Section):
             raise ValueError(f"data.min_tokens={self.min_tokens} is above data.max_tokens={self.max_tokens}")
         if self.min_score is not None and self.max_score is not None and self.min_score > self.max_score:
             raise ValueError(f"data.min_score={self.min_score} is above data.max_score={self.max_score}")
+        if self.format == "dialoconan" and self.template == "none":
+            raise ValueError("data.template=none cannot tell the turns of a dialogue apart: use auto, chat or a text")
         return self
 
 
@@ -80,6 +111,9 @@ class PolicyConfig(Section):
     adapter: str | None = Field(
         None, description="folder of a PEFT LoRA adapter to start from; its shape must match lora"
     )
+    reference: Literal["base", "adapter"] = Field(
+        "base", description="what PPO's KL is taken to: the model without an adapter, or with the one it starts from"
+    )
     pad_token: str | None = Field(None, description="token to pad with, for a tokenizer that has none")
     quantization: Literal["none", "int8", "nf4"] = Field("nf4", description="format of the frozen base in the learner")
     double_quantization: bool = Field(True, description="quantise the NF4 scales as well (Dettmers et al. 2023)")
@@ -88,6 +122,17 @@ class PolicyConfig(Section):
     )
     lora: LoraConfig = LoraConfig()
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+    @property
+    def base_identity(self) -> str:
+        """Equal for policies that are the same base, whatever is trained on it."""
+        return self.model_dump_json(exclude={"adapter", "reference", "lora", "gradient_checkpointing"})
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> "PolicyConfig":
+        if self.reference == "adapter" and self.adapter is None:
+            raise ValueError("policy.reference=adapter needs policy.adapter: name the adapter's folder, or use base")
+        return self
 
 
 class RolloutConfig(Section):
@@ -282,20 +327,25 @@ class KLConfig(Section):
     horizon: int = Field(10_000, ge=1, description="responses over which beta adapts, when adaptive")
 
 
-class PPOConfig(Section):
+class OptimizerConfig(Section):
+    """How the adapter's weights are moved along their gradients."""
+
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="of the adapter")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rates rise from 0")
+    schedule: Literal["constant", "linear"] = Field("constant", description="linear: rates fall to 0 at the last step")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+
+
+class PPOConfig(OptimizerConfig):
     """Proximal policy optimisation (Schulman et al. 2017)."""
 
     batch_size: int = Field(128, ge=2, description="responses a step, over all learner workers")
     epochs: int = Field(2, ge=1, description="passes over a batch")
     minibatches: int = Field(2, ge=1, description="optimiser steps a pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an optimiser step is summed over")
-    learning_rate: float = Field(3e-4, gt=0, le=1, description="of the adapter")
     value_learning_rate: float = Field(1e-3, gt=0, le=1, description="of the value head, which starts from zero")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rates rise from 0")
-    schedule: Literal["constant", "linear"] = Field("constant", description="linear: rates fall to 0 at total_steps")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     estimator: Literal["gae", "rloo", "grpo"] = Field(
         "gae", description="of the advantage; only gae trains the value head"
     )
@@ -320,16 +370,21 @@ class PPOConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """How long the learner runs, on what, and how often it saves."""
+class LearnerConfig(Section):
+    """What the learner runs on."""
 
-    total_steps: int = Field(40, ge=1)
-    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
     workers: int = Field(1, ge=1, description="learner processes (data parallel)")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one learner")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one learner")
     threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
     max_failures: int = Field(3, ge=0, description="learner crashes survived within one command")
+
+
+class TrainConfig(LearnerConfig):
+    """How long the learner runs, on what, and how often it saves."""
+
+    total_steps: int = Field(40, ge=1)
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
 
 
 class EvaluationConfig(Section):
@@ -371,14 +426,25 @@ class RayConfig(Section):
     num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; none: those of the machine")
 
 
-class Config(Section):
-    """A run."""
+class RunSettings(Section):
+    """What a run of any kind has."""
 
     name: str = Field(
         "run", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run and of its folder"
     )
     output_dir: str = Field("runs", description="folder of run folders")
     seed: int = Field(0, ge=0, le=2**31 - 1)
+    ray: RayConfig = RayConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """`output_dir/name`, absolute."""
+        return (Path(self.output_dir) / self.name).resolve()
+
+
+class Config(RunSettings):
+    """A detoxification run."""
+
     data: DataConfig = DataConfig()
     policy: PolicyConfig = PolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -386,12 +452,6 @@ class Config(Section):
     ppo: PPOConfig = PPOConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    ray: RayConfig = RayConfig()
-
-    @property
-    def run_dir(self) -> Path:
-        """`output_dir/name`, absolute."""
-        return (Path(self.output_dir) / self.name).resolve()
 
     def with_absolute_paths(self) -> "Config":
         """The same with every model, adapter and prompt path that exists here made absolute, for other processes."""

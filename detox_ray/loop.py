@@ -1,45 +1,27 @@
 """The run, told in the order it happens: a language model goes in, a less toxic one comes out, with the evidence."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
-
 from detox_ray.cluster import check_resources, ray_session
 from detox_ray.config import Config, RewardConfig
 from detox_ray.data.lab import resolve_lab
-from detox_ray.errors import DetoxError
 from detox_ray.evaluation.during_training import HeldoutEvaluation
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.learner.train_loop import LearnerTask, train_loop
-from detox_ray.measurement import answer, judge_and_report, push_adapter, rollout_workers
+from detox_ray.measurement import answer, judge_and_report, rollout_workers
 from detox_ray.meter_config import meter_of_run
 from detox_ray.plan import Plan, prepare
 from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rollout.pool import WorkerPool
-from detox_ray.rollout.schedule import PromptSchedule
 from detox_ray.rollout.stream import RolloutStream, sampling_of
+from detox_ray.schedule import Schedule
 from detox_ray.serving.reward_app import RewardClient, delete_reward_app, deploy_reward_app, fit_and_apply_calibration
 from detox_ray.serving.scorer import RolloutScorer
 from detox_ray.terminal import Terminal
-
-logger = logging.getLogger(__name__)
-
-# Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
-# times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
-# them back to the system and taking page faults to get them again.
-LEARNER_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "1000",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    "MALLOC_TOP_PAD_": str(64 * 2**20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
+from detox_ray.trainer import run_learners
 
 
 def train(config: Config, quiet: bool = False) -> dict[str, Any]:
@@ -67,18 +49,17 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
         with rollout_workers(plan.engine, plan.config.rollout) as workers, reward_app(plan) as reward:
             pool = worker_pool(plan, workers)
             meter = meter_of_run(plan.run, plan.config)
-            before, after = meter.systems
+            *before, after = meter.systems
             heldout = plan.prompts.heldout[: meter.prompts]
-            base = answer(pool, before, heldout, plan.engine.end_ids, meter, plan.run, terminal)
+            answers = [answer(pool, plan.engine, system, heldout, meter, plan.run, terminal) for system in before]
             stream = rollout_stream(plan, pool, calibrated_reward(pool, reward, plan))
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
                 fit(plan, stream)
             terminal.stage("verifying the saved adapter on the workers")
             pool.connect()
-            push_adapter(pool, plan.engine, plan.run.adapter)
-            tuned = answer(pool, after, heldout, plan.engine.end_ids, meter, plan.run, terminal)
-    evaluation = judge_and_report(meter, plan.run, [base, tuned], terminal, steps=plan.run.trained_steps())
+            answers.append(answer(pool, plan.engine, after, heldout, meter, plan.run, terminal))
+    evaluation = judge_and_report(meter, plan.run, answers, terminal, steps=plan.run.trained_steps())
     terminal.stage(f"adapter: {plan.run.adapter}")
     return evaluation
 
@@ -90,36 +71,10 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
         RewardError, SyncError, ModelError: the learner met an error that a new attempt would meet again.
         DetoxError: the learner crashed more often than `train.max_failures`.
     """
-    config = plan.config
-    task = LearnerTask(config, str(plan.run.path), stream, plan.engine.end_ids, plan.engine.pad_id, plan.canary_length)
-    environment = LEARNER_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.train.threads)}
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"task": task},
-        scaling_config=ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=config.train.num_gpus > 0,
-            resources_per_worker={"CPU": config.train.num_cpus, "GPU": config.train.num_gpus},
-        ),
-        run_config=RunConfig(
-            name=plan.run.checkpoints.name,
-            storage_path=str(plan.run.path),
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]  # annotated as the older one
-        ),
+    task = LearnerTask(
+        plan.config, str(plan.run.path), stream, plan.engine.end_ids, plan.engine.pad_id, plan.canary_length
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        logger.error("the learner failed", exc_info=error)
-        plan.run.raise_failure()
-        raise DetoxError(
-            f"the learner crashed more than train.max_failures={config.train.max_failures} times "
-            f"({str(error).strip().splitlines()[-1].strip()}); see {plan.run.path / 'run.log'}, "
-            "then start the same command again to continue"
-        ) from error
-    plan.run.raise_failure()
+    run_learners(train_loop, {"task": task}, plan.config.train, plan.run)
 
 
 @contextmanager
@@ -170,7 +125,7 @@ def rollout_stream(plan: Plan, pool: WorkerPool, reward: RewardConfig) -> Rollou
     per_step = config.ppo.batch_size // config.rollout.samples_per_prompt
     return RolloutStream(
         pool=pool,
-        prompts_for_step=PromptSchedule(plan.prompts.train, per_step, config.seed),
+        prompts_for_step=Schedule(plan.prompts.train, per_step, config.seed),
         scorer=RolloutScorer(
             RewardClient(plan.app_name, reward), reward.shaping, plan.engine.end_ids, config.evaluation.judge
         ),

@@ -103,17 +103,20 @@ def rollout_workers(engine: EngineSpec, rollout: RolloutConfig) -> Iterator[list
 
 def answer(
     pool: WorkerPool,
+    engine: EngineSpec,
     system: SystemConfig,
     prompts: Sequence[Prompt],
-    end_ids: Sequence[int],
     config: MeterConfig,
     folder: RunFolder,
     terminal: Terminal,
 ) -> SystemResponses:
-    """What the workers, which serve this system, answer to the prompts; what is on disk already is not sampled again.
+    """What the workers answer to the prompts as this system; what is on disk already is not sampled again.
 
-    `end_ids` end a response and are no part of it.
+    A system without an adapter must come before any with one: a push cannot be taken back. Errors as `push_adapter`.
     """
+    assert system.policy is not None
+    if system.policy.adapter is not None:
+        push_adapter(pool, engine, system.policy.adapter)
     file = _sampled_file(system, prompts, config, folder)
     samples = config.rollout.samples_per_prompt
     found = file.read()
@@ -126,7 +129,7 @@ def answer(
                 file.append(pool.sample(chunk, samples, sampling_of(config.rollout, seed=config.seed + 1 + start)))
             progress(min(start + size, len(prompts)))
     rollouts = [rollout for of_prompt in file.read().values() for rollout in of_prompt]
-    return group_rollouts(system.name, rollouts, prompts, end_ids)
+    return group_rollouts(system.name, rollouts, prompts, engine.end_ids)
 
 
 def push_adapter(pool: WorkerPool, engine: EngineSpec, folder: str | Path) -> None:
@@ -203,8 +206,7 @@ def _by_base(systems: Sequence[SystemConfig]) -> list[list[SystemConfig]]:
     groups: dict[str, list[SystemConfig]] = {}
     for system in systems:
         if system.policy is not None:
-            base = system.policy.model_dump_json(exclude={"adapter", "lora"})
-            groups.setdefault(base, []).append(system)
+            groups.setdefault(system.policy.base_identity, []).append(system)
     return [sorted(g, key=lambda s: s.policy is not None and s.policy.adapter is not None) for g in groups.values()]
 
 
@@ -229,16 +231,10 @@ def _answers_on(base: Base, config: MeterConfig, folder: RunFolder, terminal: Te
     """The responses of every system of one base, in turn on the same workers."""
     policy = base.systems[0].policy
     assert policy is not None
-    answers = []
     with rollout_workers(base.engine, config.rollout) as workers:
         pool = WorkerPool(workers, config.rollout, canary_tolerance(policy, config.rollout, base.engine))
         pool.connect()
-        for system in base.systems:
-            assert system.policy is not None
-            if system.policy.adapter is not None:
-                push_adapter(pool, base.engine, system.policy.adapter)
-            answers.append(answer(pool, system, base.prompts, base.engine.end_ids, config, folder, terminal))
-    return answers
+        return [answer(pool, base.engine, s, base.prompts, config, folder, terminal) for s in base.systems]
 
 
 def _sampled_file(
@@ -247,7 +243,7 @@ def _sampled_file(
     policy = system.policy
     assert policy is not None
     adapter = "" if policy.adapter is None else load_adapter(policy.adapter).digest
-    model = policy.model_dump_json(exclude={"adapter", "lora"}) + adapter
+    model = policy.base_identity + adapter
     sampling = sampling_of(config.rollout, config.seed)
     return SampledFile(folder.path, system.name, model, prompts, config.rollout.samples_per_prompt, sampling)
 

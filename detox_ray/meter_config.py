@@ -103,7 +103,7 @@ def meter_config(target: str | Path, overrides: Overrides = ()) -> MeterConfig:
         run = RunFolder.existing(path)
         if not run.adapter.exists():
             raise ConfigError(f"{path} has no adapter yet; continue it with detox-ray train {run.config_file}")
-        of_run = meter_of_run(run, run.read_config())
+        of_run = meter_of_run(run, run.read_config(Config))
         meter = parse_section(MeterConfig, read_tree(of_run.model_dump(), overrides))
         _keep_apart(meter, of_run)
         return meter
@@ -137,14 +137,20 @@ def _keep_apart(meter: MeterConfig, of_run: MeterConfig) -> None:
 
 
 def meter_of_run(run: RunFolder, config: Config) -> MeterConfig:
-    """The evaluation of a run's base and adapter on its held-out prompts, by its judge and its reward's classifiers."""
+    """The evaluation of a run's base and adapter on its held-out prompts, by its judge and its reward's classifiers.
+
+    An adapter that the run started from is evaluated between them.
+    """
+    adapters: dict[str, str | None] = {"base": None, "fine-tuned": config.policy.adapter, "tuned": str(run.adapter)}
+    if config.policy.adapter is None:
+        del adapters["fine-tuned"]
     return MeterConfig(
         name=run.path.name,
         output_dir=str(run.path.parent),
         seed=config.seed,
         systems=[
-            SystemConfig(name="base", policy=config.policy.model_copy(update={"adapter": None})),
-            SystemConfig(name="tuned", policy=config.policy.model_copy(update={"adapter": str(run.adapter)})),
+            SystemConfig(name=name, policy=config.policy.model_copy(update={"adapter": adapter, "reference": "base"}))
+            for name, adapter in adapters.items()
         ],
         data=config.data,
         heldout_of_run=True,

@@ -8,6 +8,7 @@ from typing import Any
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"  # by the judge, while it trains
 FAILURE_FILE = "failure.json"
+FINE_TUNING_FILE = "fine_tuning.json"  # what became of a fine-tuning, once it is complete
 ADAPTER_FOLDER = "adapter"
 STEPS_FILE = "steps.txt"  # in the adapter's folder: how many steps it was trained for
 

@@ -21,6 +21,17 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class TokenizedExample:
+    """A prompt and the response to learn, with its end token: `prompt_ids: [P] int64`, `response_ids: [R] int64`."""
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One sampled response and the log-probabilities it was sampled with.
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from detox_ray import errors
-from detox_ray.config import Config, PolicyConfig, RewardConfig
-from detox_ray.config_file import dump_config, parse_config
+from detox_ray.config import PolicyConfig, RewardConfig, RunSettings, S
+from detox_ray.config_file import dump_config, parse_section
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE, STEPS_FILE, write_atomically
 
@@ -53,15 +53,14 @@ class RunFolder:
 
     def dequantized_base(self, policy: PolicyConfig) -> Path:
         """Of one base: a folder of evaluations may hold several."""
-        base = policy.model_dump_json(exclude={"adapter", "lora", "gradient_checkpointing"})
-        return self.path / f"dequantized_base-{hashlib.sha256(base.encode()).hexdigest()[:8]}"
+        return self.path / f"dequantized_base-{hashlib.sha256(policy.base_identity.encode()).hexdigest()[:8]}"
 
     @property
     def ray_logs(self) -> Path:
         return self.path / "ray-logs"
 
     @classmethod
-    def open(cls, config: Config) -> "RunFolder":
+    def open(cls, config: RunSettings) -> "RunFolder":
         """The folder of a new run, or of the run to continue; another process cannot open it at the same time.
 
         Raises:
@@ -93,8 +92,8 @@ class RunFolder:
             raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
         return cls(path)
 
-    def _refuse_another(self, config: Config) -> None:
-        old, new = (_flatten(c.model_dump(mode="json")) for c in (self.read_config(), config))
+    def _refuse_another(self, config: RunSettings) -> None:
+        old, new = (_flatten(c.model_dump(mode="json")) for c in (self.read_config(type(config)), config))
         different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_placement(k)]
         if different:
             key = different[0]
@@ -120,9 +119,20 @@ class RunFolder:
         if (file := _held.pop(self.path / ".lock", None)) is not None:
             file.close()
 
-    def read_config(self) -> Config:
-        """The configuration the run was started with."""
-        return parse_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
+    def read_config(self, kind: type[S]) -> S:
+        """The configuration the run was started with.
+
+        Raises:
+            ConfigError: it is of another kind of run.
+        """
+        tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
+        if ("reward" in tree) != ("reward" in kind.model_fields):
+            found = "detoxification run (detox-ray train)" if "reward" in tree else "fine-tuning run (detox-ray sft)"
+            raise ConfigError(
+                f"{self.path} holds a {found}; choose another name=..., or name its adapter: as policy.adapter, or as "
+                "a system of an evaluation such as configs/meter.yaml"
+            )
+        return parse_section(kind, tree)
 
     def read_calibrated(self) -> RewardConfig | None:
         """The reward configuration with the calibrations that were fitted when the run started."""

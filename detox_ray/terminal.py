@@ -41,8 +41,11 @@ class Terminal:
             yield lambda done: progress.update(task, completed=done)
 
     @contextmanager
-    def follow_steps(self, metrics_file: Path, total_steps: int) -> Iterator[None]:
-        """A bar and a line for every step that appears in the metrics file, also those of an earlier start."""
+    def follow_steps(
+        self, metrics_file: Path, total_steps: int, line_of: Callable[[dict[str, Any], int], str] | None = None
+    ) -> Iterator[None]:
+        """A bar, and what `line_of` says of every step in the metrics file, also of those of an earlier start."""
+        line_of = line_of or step_line
         stop = threading.Event()
         with self._progress() as progress:
             task = progress.add_task("training", total=total_steps)
@@ -52,7 +55,7 @@ class Terminal:
                 nonlocal shown
                 lines = read_metrics(metrics_file)
                 for line in lines[shown:]:
-                    progress.console.print(step_line(line, total_steps), soft_wrap=True)
+                    progress.console.print(line_of(line, total_steps), soft_wrap=True)
                 shown = max(shown, len(lines))
                 progress.update(task, completed=lines[-1]["step"] + 1 if lines else 0)
 
@@ -101,3 +104,12 @@ def step_line(line: dict[str, Any], total_steps: int) -> str:
     parts.append(f"{line['tokens_per_s']:5.0f} tokens/s")
     times = [f"{name} {line[f'time_{name}_s']:.1f}" for name in ("rollout", "reward", "learn", "push")]
     return "      " + "  ".join(parts) + "  [dim]" + " ".join(times) + " s[/dim]"
+
+
+def tuning_line(line: dict[str, Any], total_steps: int) -> str:
+    """One step of a fine-tuning in one line: loss, dev loss where it was looked at, speed."""
+    parts = [f"step {line['step'] + 1:>{len(str(total_steps))}}/{total_steps}", f"loss {line['loss']:.3f}"]
+    if "dev_loss" in line:
+        parts.append(f"[bold]dev loss {line['dev_loss']:.3f}[/bold]")
+    parts.append(f"{line['tokens_per_s']:5.0f} tokens/s")
+    return "      " + "  ".join(parts)

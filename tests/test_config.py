@@ -8,6 +8,7 @@ from detox_ray import ConfigError, load_config
 from detox_ray.cluster import check_resources, cpus_needed
 from detox_ray.config_file import dump_config, parse_config, parse_section
 from detox_ray.meter_config import MeterConfig, meter_config
+from detox_ray.sft_config import SFTConfig, load_sft_config
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[1]
@@ -18,13 +19,20 @@ MINIMAL: dict[str, Any] = {"reward": {"classifiers": [{"name": "a", "kind": "lin
 OTHERS = {
     ROOT / "configs" / name for name in ("toxicity_api.yaml", "meter.yaml", "alt-profanity-check.calibration.yaml")
 }
-RUNS = sorted(set((ROOT / "configs").glob("*.yaml")) - OTHERS)
+FINE_TUNINGS = sorted((ROOT / "configs").glob("sft-*.yaml"))
+RUNS = sorted(set((ROOT / "configs").glob("*.yaml")) - OTHERS - {*FINE_TUNINGS})
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
 def test_every_shipped_config_is_valid_and_survives_a_round_trip(path: Path) -> None:
     config = load_config(path)
     assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("path", FINE_TUNINGS, ids=lambda p: p.name)
+def test_every_shipped_fine_tuning_is_valid_and_survives_a_round_trip(path: Path) -> None:
+    config = load_sft_config(path)
+    assert parse_section(SFTConfig, yaml.safe_load(dump_config(config))) == config
 
 
 def test_the_shipped_evaluation_is_valid_and_survives_a_round_trip() -> None:

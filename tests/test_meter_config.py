@@ -33,6 +33,19 @@ def test_a_run_is_its_base_and_its_adapter_on_its_held_out_prompts(run: Path) ->
     assert meter.folder == run
 
 
+def test_the_adapter_that_a_run_started_from_is_evaluated_beside_it(run: Path) -> None:
+    policy = {"adapter": "runs/sft/adapter", "reference": "adapter"}
+    config = parse_config({"name": "mine", "reward": REWARD, "data": {"source": "p.txt"}, "policy": policy})
+    (run / "config.yaml").write_text(dump_config(config))
+    meter = meter_config(run).with_absolute_paths()
+    assert [(s.name, s.policy.adapter) for s in meter.systems if s.policy] == [
+        ("base", None),
+        ("fine-tuned", "runs/sft/adapter"),
+        ("tuned", str(run / "adapter")),
+    ]
+    assert len({s.policy.base_identity for s in meter.systems if s.policy}) == 1
+
+
 @pytest.mark.parametrize("override", ["seed=4", "data.source=q.txt", "data.heldout_prompts=500", "data.max_tokens=9"])
 def test_training_prompts_never_count_as_held_out(run: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="would count as held out"):

@@ -3,6 +3,7 @@
 The folder is `lab-<version>-<seed>` in `~/.cache/detox_ray`, or in the folder that DETOX_RAY_CACHE names:
 
     prompts.jsonl   `{"prompt": text}` a line; none of them is in the text the policy was pre-trained on
+    answers.jsonl   `{"prompt": text, "response": text}` a line, the responses civil; no prompt is in either of those
     policy/         a Llama of 1M parameters with its tokenizer; it answers rudely about half the time
     classifier/     a sequence classifier, labels 0 `civil` and 1 `rude`
     linear/         a hashed bag of words with a logistic regression (format: `lab_models.save_linear_classifier`)
@@ -23,12 +24,12 @@ from detox_ray.config import LAB_PREFIX, S, Section, cache_folder
 from detox_ray.errors import ConfigError, DataError
 
 # To be raised with every change of what the lab contains, so that no stale one is used.
-LAB_VERSION = 1
+LAB_VERSION = 2
 
-LabPart = Literal["prompts", "policy", "classifier", "linear"]
+LabPart = Literal["prompts", "answers", "policy", "classifier", "linear"]
 Progress = Callable[[str, float], None]
 
-PROMPTS, TRAINING_EXCHANGES, HELDOUT_EXCHANGES = 2400, 22_400, 1000
+PROMPTS, TRAINING_EXCHANGES, HELDOUT_EXCHANGES, ANSWERED_EXCHANGES = 2400, 22_400, 1000, 4000
 
 
 def lab_path(part: LabPart) -> Path:
@@ -161,8 +162,10 @@ def _make(folder: Path, seed: int, progress: Progress) -> None:
     prompts = [e.prompt for e in exchanges(seed, PROMPTS)]
     training = exchanges(seed + 1, TRAINING_EXCHANGES, exclude=frozenset(prompts))
     heldout = exchanges(seed + 2, HELDOUT_EXCHANGES, exclude=frozenset(prompts))
-    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
+    seen = frozenset([*prompts, *(e.prompt for e in training)])
+    answers = [e for e in exchanges(seed + 3, ANSWERED_EXCHANGES, exclude=seen) if not e.rude]
+    _write_lines(folder / _file_of("prompts"), [{"prompt": prompt} for prompt in prompts])
+    _write_lines(folder / _file_of("answers"), [{"prompt": e.prompt, "response": e.response} for e in answers])
 
     threads = torch.get_num_threads()
     # More threads do not help matrices this small; fewer are what OMP_NUM_THREADS or the caller asked for.
@@ -196,8 +199,12 @@ def _make(folder: Path, seed: int, progress: Progress) -> None:
     progress("done", 1.0)
 
 
+def _write_lines(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def _file_of(part: str) -> str:
-    return "prompts.jsonl" if part == "prompts" else part
+    return f"{part}.jsonl" if part in {"prompts", "answers"} else part
 
 
 def _check_part(part: str, value: str) -> None:

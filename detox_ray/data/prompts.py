@@ -5,16 +5,25 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from detox_ray.config import DataConfig
+from detox_ray.data.examples import read_examples
 from detox_ray.data.sources import read_records
+from detox_ray.data.templates import DialogueTemplate, start_ids
 from detox_ray.errors import DataError
 from detox_ray.records import Prompt
 
 Record = Mapping[str, Any]
+
+
+class _Found(NamedTuple):
+    """A prompt and what it shares with others that are held out together: the turn their dialogues begin with."""
+
+    prompt: Prompt
+    group: str
 
 
 @dataclass(frozen=True)
@@ -41,32 +50,62 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         DataError: the source is missing, empty or malformed, lacks a column, or leaves too few prompts.
         ConfigError: the source names no part of the lab.
     """
-    prompts, records, skipped = _unique_prompts(config, tokenizer, seed)
-    if len(prompts) <= config.heldout_prompts:
+    found, records, skipped = _unique_prompts(config, tokenizer, seed)
+    heldout = found[: config.heldout_prompts]
+    groups = {group for _, group in heldout}
+    train = [prompt for prompt, group in found[config.heldout_prompts :] if group not in groups]
+    if not train:
         limit = "" if config.limit is None else f", data.limit = {config.limit}"
         raise DataError(
-            f"data.heldout_prompts = {config.heldout_prompts} leaves nothing to train on: {len(prompts)} prompts of "
+            f"data.heldout_prompts = {config.heldout_prompts} leaves nothing to train on: {len(found)} prompts of "
             f"{records} records in {config.source} ({_listed_counts(skipped)}{limit}); lower it or give more prompts"
         )
-    return PromptSplit(prompts[config.heldout_prompts :], prompts[: config.heldout_prompts], skipped)
+    return PromptSplit(train, [prompt for prompt, _ in heldout], skipped)
 
 
 def load_all_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSplit:
     """As `load_prompts`, with every prompt held out: for an evaluation that no training goes before."""
-    prompts, _, skipped = _unique_prompts(config, tokenizer, seed)
-    return PromptSplit([], prompts, skipped)
+    found, _, skipped = _unique_prompts(config, tokenizer, seed)
+    return PromptSplit([], [prompt for prompt, _ in found], skipped)
 
 
 def _unique_prompts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[list[Prompt], int, dict[str, int]]:
-    """At most `limit` prompts in the order of their digests, the number of records, and what was left out.
+) -> tuple[list[_Found], int, dict[str, int]]:
+    """At most `limit` prompts in the order of their groups' digests, the number of records, and what was left out.
 
     Raises:
         DataError: the source is missing, empty or malformed, lacks a column, or nothing is left of it.
+        ConfigError, ModelError: the template does not go with the tokenizer.
     """
-    records = read_records(config)
     skipped: Counter[str] = Counter()
+    if config.format == "text" and config.template == "none":
+        found, records = _text_prompts(config, tokenizer, skipped)
+    else:
+        found, records = _templated_prompts(config, tokenizer, skipped)
+    unique: dict[str, _Found] = {}
+    for prompt, group in found:
+        key = normalized(prompt.text)
+        if key in unique:
+            skipped["duplicate"] += 1
+            # Of several spellings the smallest stays, whatever order they come in.
+            prompt = min(prompt, unique[key].prompt, key=lambda p: (p.text, p.token_ids, repr(p.meta)))
+            group = min(group, unique[key].group)
+        unique[key] = _Found(prompt, group)
+    if not unique:
+        raise DataError(
+            f"data.source = {config.source!r}: none of {records} records is left ({_listed_counts(skipped)}); "
+            "widen the data filters"
+        )
+    order = sorted(unique, key=lambda key: (group_digest(seed, unique[key].group), group_digest(seed, key)))
+    return [unique[key] for key in order[: config.limit]], records, dict(skipped)
+
+
+def _text_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, skipped: Counter[str]
+) -> tuple[list[_Found], int]:
+    """The prompts of a source with a text a record, each a group of its own, and the number of records."""
+    records = read_records(config)
     kept: list[tuple[str, dict[str, Any]]] = []
     for record in records:
         text, meta = _text_and_meta(record, config)
@@ -74,8 +113,7 @@ def _unique_prompts(
             skipped[reason] += 1
         else:
             kept.append((text, meta))
-
-    unique: dict[str, Prompt] = {}
+    found = []
     start = start_ids(tokenizer)
     encoded = (
         tokenizer([text for text, _ in kept], add_special_tokens=False, verbose=False)["input_ids"] if kept else []
@@ -90,34 +128,49 @@ def _unique_prompts(
                 continue
             ids = ids[: config.max_tokens]
             text = str(tokenizer.decode(ids))
-        prompt = Prompt(hashlib.sha256(text.encode()).hexdigest()[:16], text, (*start, *ids), meta)
-        key = normalized(text)
-        if key in unique:
-            skipped["duplicate"] += 1
-            # Of several spellings the smallest stays, whatever order they come in.
-            prompt = min(prompt, unique[key], key=lambda p: (p.text, p.token_ids, repr(p.meta)))
-        unique[key] = prompt
-    if not unique:
-        raise DataError(
-            f"data.source = {config.source!r}: none of {len(records)} records is left ({_listed_counts(skipped)}); "
-            "widen the data filters"
-        )
-    order = sorted(unique, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
-    return [unique[key] for key in order[: config.limit]], len(records), dict(skipped)
+        found.append(_Found(_prompt(text, (*start, *ids), meta), normalized(text)))
+    return found, len(records)
 
 
-def start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What begins a document: the bos token, or nothing.
+def _templated_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, skipped: Counter[str]
+) -> tuple[list[_Found], int]:
+    """The prompts that a template writes of texts or dialogues, each of which is a group, and the number of records."""
+    template = DialogueTemplate(tokenizer, config.template, config.turn_separator)
+    start = len(start_ids(tokenizer))
+    found = []
+    spoken = _spoken(config, skipped)
+    for turns, meta in spoken:
+        if reason := _unwanted(turns[-1], meta, config):
+            skipped[reason] += 1
+            continue
+        fitting = template.fitting_prompt(turns, config.max_tokens + start, trim=config.too_long == "trim")
+        if fitting is None:
+            skipped["too long"] += 1
+        elif len(fitting.token_ids) < config.min_tokens + start:
+            skipped["too short"] += 1
+        else:
+            found.append(_Found(_prompt(fitting.text, fitting.token_ids, meta), normalized(turns[0])))
+    return found, len(spoken)
 
-    It is prepended when the tokenizer itself would prepend it, and when it is the end token as well: models such as
-    GPT-2 and Pythia saw it between documents, though their tokenizers do not add it.
-    """
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return ()
-    if bos == tokenizer.eos_token_id or tokenizer("a")["input_ids"][:1] == [bos]:
-        return (bos,)
-    return ()
+
+def _spoken(config: DataConfig, skipped: Counter[str]) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """(turns, the person's last; other columns) of every prompt of the source."""
+    if config.format == "text":
+        return [((text,), meta) for text, meta in (_text_and_meta(r, config) for r in read_records(config))]
+    file = read_examples(config.source, config.format)
+    skipped.update(file.left_out)
+    # Several answers to one prompt make several examples and one prompt.
+    return list({example.turns: (example.turns, example.meta) for example in file.examples}.values())
+
+
+def _prompt(text: str, token_ids: tuple[int, ...], meta: dict[str, Any]) -> Prompt:
+    return Prompt(hashlib.sha256(text.encode()).hexdigest()[:16], text, token_ids, meta)
+
+
+def group_digest(seed: int, group: str) -> bytes:
+    """What decides which groups of prompts are held out, and which are used when not all are."""
+    return hashlib.sha256(f"{seed}\n{group}".encode()).digest()
 
 
 def normalized(text: str) -> str:

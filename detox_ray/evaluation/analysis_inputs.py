@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from detox_ray.config import Config, PolicyConfig
 from detox_ray.config_file import load_config
 from detox_ray.data.lab import resolve_lab
-from detox_ray.data.prompts import start_ids
+from detox_ray.data.templates import start_ids
 from detox_ray.errors import DataError, ModelError
 from detox_ray.metrics_file import ADAPTER_FOLDER
 from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from detox_ray.data.prompts import start_ids
+from detox_ray.data.templates import start_ids
 from detox_ray.errors import RewardError
 from detox_ray.evaluation.perplexity import response_nll
 from detox_ray.evaluation.relevance import prompt_response_similarity

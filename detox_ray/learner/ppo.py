@@ -14,6 +14,7 @@ from detox_ray.learner.advantages import gae, grpo, rloo, standardise, token_rew
 from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
 from detox_ray.learner.kl import KLController, k1
 from detox_ray.learner.losses import explained_variance, importance_weights, moments, policy_loss, value_loss
+from detox_ray.learner.optimizer import make_optimizer, rate_factor
 from detox_ray.policy.policy import Policy, TokenValues
 from detox_ray.policy.sequences import Sequences, collate
 from detox_ray.records import Rollout
@@ -62,7 +63,13 @@ class PPO:
         self.policy = policy
         self.config = config
         self.kl_controller = KLController(config.kl, config.kl.coefficient)
-        self.optimizer = _optimizer(policy, config)
+        self.optimizer = make_optimizer(
+            [
+                {"params": policy.adapter_parameters(), "lr": config.learning_rate},
+                {"params": list(policy.value_head.parameters()), "lr": config.value_learning_rate},
+            ],
+            config,
+        )
         self._law = law
         self._pad_id = pad_id
         self._total_steps = total_steps
@@ -230,9 +237,7 @@ class PPO:
 
     def _set_learning_rate(self, step: int) -> None:
         config = self.config
-        factor = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        if config.schedule == "linear":
-            factor *= 1 - step / self._total_steps
+        factor = rate_factor(config, step, self._total_steps)
         for group, rate in zip(
             self.optimizer.param_groups, (config.learning_rate, config.value_learning_rate), strict=True
         ):
@@ -251,23 +256,3 @@ class PPO:
         self.policy.value_head.load_state_dict(state["value_head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_controller.coefficient = state["kl_coefficient"]
-
-
-def _optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit or paged form of it, with a group for the adapter and one for the value head."""
-    adapter = [p for name, p in policy.trainable().items() if not name.startswith("value_head")]
-    groups: list[dict[str, Any]] = [
-        {"params": adapter, "lr": config.learning_rate},
-        {"params": list(policy.value_head.parameters()), "lr": config.value_learning_rate},
-    ]
-    options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
-    import bitsandbytes
-
-    kinds = {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw": bitsandbytes.optim.PagedAdamW,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }
-    return kinds[config.optimizer](groups, **options)

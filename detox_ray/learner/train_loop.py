@@ -1,34 +1,29 @@
 """What every Ray Train worker runs: the loop, its checkpoints and its metrics file."""
 
-import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import ray.train
 import torch
 from ray.train.torch import get_device
 
 from detox_ray.config import Config
-from detox_ray.errors import DetoxError
+from detox_ray.learner.checkpoints import failures_left_in, resume, save_checkpoint
 from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.metrics_file import (
     ADAPTER_FOLDER,
     EVALUATIONS_FILE,
-    FAILURE_FILE,
     METRICS_FILE,
     STEPS_FILE,
     append_metrics,
     cut_metrics,
-    write_atomically,
 )
-from detox_ray.policy.adapter import Adapter, load_adapter, save_adapter
+from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.policy.policy import Canary, Policy
 from detox_ray.records import Rollout
 
@@ -78,13 +73,8 @@ class LearnerTask:
 def train_loop(settings: dict[str, LearnerTask]) -> None:
     """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
     task = settings["task"]
-    try:
+    with failures_left_in(Path(task.run_dir)):
         _train(task)
-    except DetoxError as error:
-        write_failure(Path(task.run_dir), error)
-        # Ray Train would try again what cannot succeed, but several learners must all stop: one may wait for another.
-        if world()[1] > 1:
-            raise
 
 
 def _train(task: LearnerTask) -> None:
@@ -92,7 +82,7 @@ def _train(task: LearnerTask) -> None:
     torch.set_num_threads(config.train.threads)
     policy = Policy(config.policy, get_device(), config.seed)
     ppo = PPO(policy, config.ppo, _sampling_law(task), task.pad_id, config.train.total_steps, config.seed)
-    first_step = _resume(ppo)
+    first_step = resume(ppo)
     last_step = config.train.total_steps - 1
     on_first_learner(stream.connect)
     on_first_learner(lambda: stream.publish(policy.adapter, policy.canary(task.canary_length)))
@@ -128,7 +118,9 @@ def _train(task: LearnerTask) -> None:
             for evaluation in stream.evaluations(wait=step == last_step):
                 append_metrics(run_dir / EVALUATIONS_FILE, evaluation)
         if step == last_step or (step + 1) % config.train.checkpoint_every == 0:
-            _checkpoint(ppo, step, line, run_dir)
+            if world()[0] == 0:
+                save_adapter(policy.adapter(version=step), run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(step + 1)})
+            save_checkpoint(ppo, step, line)
 
 
 def _share(batch: ScoredBatch) -> tuple[Sequence[Rollout], np.ndarray]:
@@ -147,34 +139,3 @@ def _sampling_law(task: LearnerTask) -> SamplingLaw:
         samples_per_prompt=rollout.samples_per_prompt,
         max_logprob_gap=rollout.max_logprob_gap,
     )
-
-
-def _checkpoint(ppo: PPO, step: int, metrics: dict[str, Any], run_dir: Path) -> None:
-    """Save adapter, value head, optimiser and step through Ray Train; prompts and randomness follow from the step."""
-    if world()[0] != 0:
-        ray.train.report(metrics)
-        return
-    adapter = ppo.policy.adapter(version=step)
-    save_adapter(adapter, run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(step + 1)})
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(adapter, Path(folder) / ADAPTER_FOLDER)
-        torch.save({"step": step, **ppo.state()}, Path(folder) / "learner.pt")
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _resume(ppo: PPO) -> int:
-    """Load the last checkpoint, if there is one; the first step to run."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        ppo.policy.load(load_adapter(Path(folder) / ADAPTER_FOLDER))
-        state = torch.load(Path(folder) / "learner.pt", weights_only=True)
-    ppo.load_state(state)
-    return int(state["step"]) + 1
-
-
-def write_failure(run_dir: Path, error: DetoxError) -> None:
-    """Leave the error for the driver."""
-    content = {"type": type(error).__name__, "message": str(error)}
-    write_atomically(run_dir / FAILURE_FILE, json.dumps(content))

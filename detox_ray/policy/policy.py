@@ -1,17 +1,19 @@
 """Policy, reference and value function in one module, on one frozen base."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
@@ -21,6 +23,7 @@ from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.tokens import token_logprobs
 
 CANARY_LENGTH = 150  # more than vLLM's largest block, so that a stale cached block shows
+TRAINED, REFERENCE = "default", "reference"  # the names PEFT knows the adapters by
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class TokenValues:
 class Policy(nn.Module):
     """Policy = base + adapter; reference = the same base, adapter off; value = a linear head on the policy's trunk.
 
+    With `policy.reference: adapter` the reference is the base with the adapter that training starts from, frozen.
     Trainable parameters are the adapter's and the value head's, in float32.
     """
 
@@ -63,8 +67,12 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(hidden_size, 1, device=device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self._reference_adapter = config.reference == "adapter"
         if config.adapter is not None:
-            self.load(load_adapter(config.adapter))
+            start = load_adapter(config.adapter)
+            self.load(start)
+            if self._reference_adapter:
+                add_frozen_adapter(self.model, start, REFERENCE)
         self.train()
 
     @property
@@ -94,9 +102,9 @@ class Policy(nn.Module):
             temperature: of the distribution, as in sampling.
             suppressed: [S] int64, tokens that were not allowed in sampling.
             entropy: see `token_logprobs`.
-            reference: switch the adapter off (the values are then the reference trunk's, of no use).
+            reference: of the reference policy (the values are then its trunk's, of no use); without gradients.
         """
-        with self.model.disable_adapter() if reference else nullcontext():
+        with self._as_reference() if reference else nullcontext():
             hidden = self.trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
             mask = sequences.response_mask()
             rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
@@ -106,6 +114,19 @@ class Policy(nn.Module):
             )
             flat_values = self.value_head(predictors.float())[:, 0]
         return TokenValues(*(_unflatten(flat, mask) for flat in (flat_logprobs, flat_values, flat_entropy)))
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Switch the adapter off, or the reference's on in its place."""
+        if not self._reference_adapter:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.model.set_adapter(REFERENCE, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(TRAINED)
 
     def canary(self, max_length: int) -> Canary:
         """The policy's own answers on the canary, without dropout."""
@@ -124,6 +145,10 @@ class Policy(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's and the value head's parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The adapter's part of `trainable`."""
+        return [p for name, p in self.trainable().items() if not name.startswith("value_head")]
 
     def adapter(self, version: int) -> Adapter:
         """A copy of the adapter, to save or to send."""
@@ -144,6 +169,7 @@ def attach_adapter(base: PreTrainedModel, config: PolicyConfig) -> PeftModel:
     Raises:
         ModelError: `policy.lora.targets` names no module of it.
     """
+    _require_targets(base, config.lora.targets)
     lora = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora.rank,
@@ -157,6 +183,28 @@ def attach_adapter(base: PreTrainedModel, config: PolicyConfig) -> PeftModel:
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"policy.lora.targets={config.lora.targets}: {reason}") from None
+
+
+def _require_targets(base: PreTrainedModel, targets: str | list[str]) -> None:
+    """Raises:
+    ModelError: a target is no module of the model; the message lists the linear ones.
+    """
+    names = [name for name, _ in base.named_modules()]
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            raise ModelError(
+                f"policy.lora.targets={targets}: the model has no module {target!r}; it has "
+                f"{', '.join(sorted(linear))}: name some of them, or all-linear"
+            )
+
+
+def add_frozen_adapter(model: PeftModel, adapter: Adapter, name: str) -> None:
+    """Attach a second adapter of the active one's shape, under a name, which no training changes."""
+    model.add_adapter(name, copy.deepcopy(model.peft_config[TRAINED]))
+    tensors = {key: torch.from_numpy(np.array(tensor)) for key, tensor in adapter.tensors.items()}
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    model.set_adapter(TRAINED)
 
 
 def check_adapter(config: PolicyConfig) -> None:

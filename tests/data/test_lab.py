@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from detox_ray.config import DataConfig
 from detox_ray.config_file import parse_config
 from detox_ray.data import lab, lab_models
+from detox_ray.data.examples import read_examples
 from detox_ray.data.lab import build_lab, lab_path, remove_lab, resolve_lab
 from detox_ray.data.lab_text import TOPICS, exchanges
 from detox_ray.data.prompts import load_prompts
@@ -204,6 +205,16 @@ class TestBuiltLab:
         prompts = [json.loads(line)["prompt"] for line in (built_lab / "prompts.jsonl").open(encoding="utf-8")]
         assert len(set(prompts)) == len(prompts) >= 1500
         assert prompts == [e.prompt for e in exchanges(0, len(prompts))]
+
+    def test_the_answers_are_civil_and_to_prompts_of_their_own(self, built_lab):
+        prompts = {json.loads(line)["prompt"] for line in (built_lab / "prompts.jsonl").open(encoding="utf-8")}
+        found = read_examples(built_lab / "answers.jsonl")
+        assert found.format == "pairs"
+        assert not found.left_out
+        assert len(found.examples) >= 1500
+        assert not prompts & {example.turns[0] for example in found.examples}
+        rude = {e.response for e in exchanges(20_002, 4000) if e.rude}
+        assert not rude & {example.response for example in found.examples}
 
     def test_load_prompts_reads_it(self, built_lab):
         tokenizer = AutoTokenizer.from_pretrained(built_lab / "policy")

@@ -1,4 +1,4 @@
-"""Two learners on halves of a batch are one learner on the whole of it: gradients, whitening and metrics."""
+"""Two learners on halves of a batch are one learner on the whole: PPO with whitening and metrics, and fine-tuning."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from detox_ray.config import KLConfig, PolicyConfig, PPOConfig
+from detox_ray.config import KLConfig, OptimizerConfig, PolicyConfig, PPOConfig
 from detox_ray.learner.distributed import on_first_learner
 from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.sft import SFT, share_of
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
-from detox_ray.records import Rollout
+from detox_ray.records import Rollout, TokenizedExample
 
 pytestmark = pytest.mark.unit
 COMPARED = ("kl", "entropy", "logprob_gap_max", "explained_variance", "response_length", "policy_loss", "value_loss")
@@ -42,17 +43,31 @@ def update(model: str, rows: slice) -> tuple[dict[str, float], dict[str, np.ndar
     return metrics, policy.adapter(0).tensors
 
 
+def tune(model: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """One step of fine-tuning on this learner's share of nine examples, of responses of very different lengths."""
+    policy = Policy(PolicyConfig(model=model, quantization="none"), torch.device("cpu"))
+    sft = SFT(policy, OptimizerConfig(learning_rate=1e-3), 64, pad_id=1, total_steps=1, seed=0)
+    rng = np.random.default_rng(0)
+    batch = [TokenizedExample(rng.integers(2, 96, 1 + i), rng.integers(2, 96, 1 + i * i // 2)) for i in range(9)]
+    sft.look(share_of(batch), 0)
+    metrics = sft.update(share_of(batch), 0)
+    sft.look(share_of(batch), 1)
+    return metrics | {"dev_loss_before": sft.dev_loss.first, "dev_loss": sft.dev_loss.last}, policy.adapter(0).tensors
+
+
 def learner(rank: int, model: str, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_num_threads(1)
     metrics, tensors = update(model, slice(rank * 4, rank * 4 + 4))
+    tuned_metrics, tuned_tensors = tune(model)
     try:
         on_first_learner(lambda: 1 / 0)
         raised = False
     except ZeroDivisionError:
         raised = True
-    torch.save({"metrics": metrics, "tensors": tensors, "raised": raised}, Path(folder, f"{rank}.pt"))
+    found = {"metrics": metrics, "tensors": tensors, "raised": raised}
+    torch.save(found | {"tuned_metrics": tuned_metrics, "tuned_tensors": tuned_tensors}, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
@@ -64,6 +79,7 @@ def test_two_learners_are_one(tiny_model: str, tmp_path: Path) -> None:
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
     mp.spawn(learner, args=(tiny_model, str(tmp_path)), nprocs=2)
     expected_metrics, expected_tensors = update(tiny_model, slice(0, 8))
+    expected_tuned_metrics, expected_tuned_tensors = tune(tiny_model)
     for rank in range(2):
         result: dict[str, Any] = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert result["raised"]
@@ -71,3 +87,6 @@ def test_two_learners_are_one(tiny_model: str, tmp_path: Path) -> None:
             assert result["metrics"][name] == pytest.approx(expected_metrics[name], rel=1e-3, abs=1e-6), name
         for name, tensor in expected_tensors.items():
             assert np.abs(result["tensors"][name] - tensor).max() < 1e-5, name
+        assert result["tuned_metrics"] == pytest.approx(expected_tuned_metrics, rel=1e-4)
+        for name, tensor in expected_tuned_tensors.items():
+            assert np.abs(result["tuned_tensors"][name] - tensor).max() < 1e-5, name

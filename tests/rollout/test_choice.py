@@ -5,7 +5,7 @@ from detox_ray.errors import ConfigError
 from detox_ray.records import Prompt
 from detox_ray.rollout import engine
 from detox_ray.rollout.engine import choose_engine
-from detox_ray.rollout.schedule import PromptSchedule
+from detox_ray.schedule import Schedule
 
 pytestmark = pytest.mark.unit
 
@@ -59,9 +59,9 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict, archite
 
 def test_the_schedule_passes_over_all_prompts_and_needs_no_state() -> None:
     prompts = [Prompt(str(i), str(i), (i,)) for i in range(10)]
-    schedule = PromptSchedule(prompts, per_step=4, seed=1)
+    schedule = Schedule(prompts, per_step=4, seed=1)
     seen = [p.id for step in range(5) for p in schedule(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in prompts)
     assert seen[:10] != seen[10:]
-    assert PromptSchedule(prompts, 4, 1)(3) == schedule(3)
-    assert PromptSchedule(prompts, 4, 2)(0) != schedule(0)
+    assert Schedule(prompts, 4, 1)(3) == schedule(3)
+    assert Schedule(prompts, 4, 2)(0) != schedule(0)

@@ -19,9 +19,9 @@ from detox_ray.policy.policy import Canary, Policy
 from detox_ray.records import Prompt, Rollout, Sampling, Score
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import WorkerPool, is_stale
-from detox_ray.rollout.schedule import PromptSchedule
 from detox_ray.rollout.stream import RolloutStream
 from detox_ray.rollout.worker import start_workers, stop_workers
+from detox_ray.schedule import Schedule
 
 pytestmark = pytest.mark.e2e
 PROMPTS = [Prompt(str(i), chr(40 + i), (0, 10 + i)) for i in range(16)]
@@ -62,7 +62,7 @@ def make_stream(model: str, config: RolloutConfig) -> Any:
     workers = start_workers(spec, config)
     pool = WorkerPool(workers, config, canary_tolerance=1e-3)
     pool.connect()
-    yield RolloutStream(pool, PromptSchedule(PROMPTS, 5, 0), LengthScorer(), config, seed=0)
+    yield RolloutStream(pool, Schedule(PROMPTS, 5, 0), LengthScorer(), config, seed=0)
     stop_workers(workers)
 
 

@@ -1,0 +1,175 @@
+"""One step of supervised fine-tuning: the adapter learns to give the examples' responses. Pure of Ray and of files."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detox_ray.config import OptimizerConfig
+from detox_ray.errors import DetoxError
+from detox_ray.learner.distributed import sum_gradients, sum_over_learners, world
+from detox_ray.learner.optimizer import make_optimizer, rate_factor
+from detox_ray.policy.policy import Policy
+from detox_ray.policy.sequences import collate
+from detox_ray.records import TokenizedExample
+from detox_ray.schedule import Schedule
+
+WINDOW = 8  # batches that are sorted by length together
+
+
+@dataclass
+class DevLoss:
+    """The dev losses so far, in nats a response token; `best` came after `best_steps` steps of training."""
+
+    first: float
+    last: float
+    best: float
+    best_steps: int = 0
+    looks_since_best: int = 0
+
+    def take(self, loss: float, steps: int) -> bool:
+        """Take in the loss after so many steps; whether it is lower than all before."""
+        self.last = loss
+        self.looks_since_best += 1
+        if loss < self.best:
+            self.best, self.best_steps, self.looks_since_best = loss, steps, 0
+        return self.looks_since_best == 0
+
+
+class SFT:
+    """The learner: policy, optimiser and the record of dev losses."""
+
+    dev_loss: DevLoss
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: OptimizerConfig,
+        microbatch_tokens: int,
+        pad_id: int,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        self.policy = policy
+        self.config = config
+        self.optimizer = make_optimizer([{"params": policy.adapter_parameters(), "lr": config.learning_rate}], config)
+        self._microbatch_tokens = microbatch_tokens
+        self._pad_id = pad_id
+        self._total_steps = total_steps
+        self._seed = seed
+        self._device = policy.value_head.weight.device
+
+    def update(self, examples: Sequence[TokenizedExample], step: int) -> dict[str, float]:
+        """One optimiser step on this learner's share of a batch.
+
+        The loss is the mean over the response tokens of all learners' shares, not a mean of their means.
+
+        Args:
+            examples: at least one.
+            step: decides learning rate and dropout, so that a resumed run repeats what it would have done.
+
+        Returns:
+            loss (nats a response token), grad_norm, learning_rate, and over all learners response_tokens and tokens.
+        """
+        torch.manual_seed(self._seed * 1_000_003 + step * 1_009 + world()[0])
+        rate = self.config.learning_rate * rate_factor(self.config, step, self._total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.policy.set_dropout(True)
+        parameters = self.policy.adapter_parameters()
+        response_tokens, tokens = sum_over_learners(
+            sum(len(e.response_ids) for e in examples), sum(len(e) for e in examples)
+        )
+        self.optimizer.zero_grad()
+        total = 0.0
+        for piece in pieces_by_length(examples, self._microbatch_tokens):
+            loss = self._negative_logprob(piece)
+            (loss / response_tokens.to(loss)).backward()
+            total += float(loss.detach())
+        sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise DetoxError(f"the gradient is {float(norm)} at step {step}; lower train.learning_rate")
+        self.optimizer.step()
+        return {
+            "loss": float(sum_over_learners(total)[0] / response_tokens),
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "response_tokens": int(response_tokens),
+            "tokens": int(tokens),
+        }
+
+    def look(self, dev: Sequence[TokenizedExample], steps: int) -> bool:
+        """Record the loss on this learner's share of the dev examples after so many steps; whether it is the lowest."""
+        loss = self.loss(dev)
+        if steps == 0:
+            self.dev_loss = DevLoss(loss, loss, loss)
+            return True
+        return self.dev_loss.take(loss, steps)
+
+    @torch.no_grad()
+    def loss(self, examples: Sequence[TokenizedExample]) -> float:
+        """Nats a response token, over all learners' shares, without dropout."""
+        self.policy.set_dropout(False)
+        total = sum(float(self._negative_logprob(p)) for p in pieces_by_length(examples, self._microbatch_tokens))
+        summed, tokens = sum_over_learners(total, sum(len(e.response_ids) for e in examples))
+        return float(summed / tokens)
+
+    def _negative_logprob(self, examples: Sequence[TokenizedExample]) -> Tensor:
+        """[] the sum over the response tokens; each example is alone in its row, so none sees another."""
+        prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+        return -self.policy(collate(prompts, responses, self._pad_id, self._device)).logprobs.sum()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the adapter."""
+        return {"optimizer": self.optimizer.state_dict(), "dev_loss": asdict(self.dev_loss)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.dev_loss = DevLoss(**state["dev_loss"])
+
+
+@dataclass(frozen=True)
+class BucketedBatches:
+    """The batch of each step, of examples of similar length: a pure function of the step, so it needs no state.
+
+    Examples are drawn in seeded passes, `WINDOW` batches at a time; within a window they are sorted by length and cut
+    into batches, which come in a seeded order.
+    """
+
+    examples: Sequence[TokenizedExample]
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> list[TokenizedExample]:
+        """The `batch_size` examples of a step."""
+        window, position = divmod(step, WINDOW)
+        drawn = sorted(Schedule(self.examples, WINDOW * self.batch_size, self.seed)(window), key=len)
+        order = np.random.default_rng((self.seed, window)).permutation(WINDOW)
+        first = int(order[position]) * self.batch_size
+        return drawn[first : first + self.batch_size]
+
+
+def pieces_by_length(examples: Sequence[TokenizedExample], max_tokens: int) -> Iterator[list[TokenizedExample]]:
+    """The examples in pieces of similar length, so that little of a piece is padding.
+
+    A piece has at most `max_tokens` tokens with its padding, or a single example.
+    """
+    piece: list[TokenizedExample] = []
+    for example in sorted(examples, key=len):
+        if piece and (len(piece) + 1) * len(example) > max_tokens:
+            yield piece
+            piece = []
+        piece.append(example)
+    if piece:
+        yield piece
+
+
+def share_of(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+    """This learner's part of a batch: every n-th by length, so that all learners have about as much to do."""
+    rank, learners = world()
+    return sorted(examples, key=len)[rank::learners]

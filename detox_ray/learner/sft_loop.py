@@ -1,0 +1,99 @@
+"""What every Ray Train worker of a fine-tuning runs: steps, looks at the dev loss, the best adapter, early stopping."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ray.train.torch import get_device
+
+from detox_ray.learner.checkpoints import failures_left_in, resume, save_checkpoint
+from detox_ray.learner.distributed import world
+from detox_ray.learner.sft import SFT, BucketedBatches, share_of
+from detox_ray.metrics_file import (
+    ADAPTER_FOLDER,
+    FINE_TUNING_FILE,
+    METRICS_FILE,
+    STEPS_FILE,
+    append_metrics,
+    cut_metrics,
+    write_atomically,
+)
+from detox_ray.policy.adapter import save_adapter
+from detox_ray.policy.policy import Policy
+from detox_ray.records import TokenizedExample
+from detox_ray.sft_config import SFTConfig
+
+
+@dataclass(frozen=True)
+class TuningTask:
+    """All a learner needs, in a form that can be sent."""
+
+    config: SFTConfig
+    run_dir: str
+    train: Sequence[TokenizedExample]
+    dev: Sequence[TokenizedExample]
+    pad_id: int
+    total_steps: int
+
+
+def sft_loop(settings: dict[str, TuningTask]) -> None:
+    """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
+    task = settings["task"]
+    with failures_left_in(Path(task.run_dir)):
+        _tune(task)
+
+
+def _tune(task: TuningTask) -> None:
+    config, run_dir, train = task.config, Path(task.run_dir), task.config.train
+    torch.set_num_threads(train.threads)
+    policy = Policy(config.policy, get_device(), config.seed)
+    sft = SFT(policy, train, train.microbatch_tokens, task.pad_id, task.total_steps, config.seed)
+    batches = BucketedBatches(task.train, train.batch_size, config.seed)
+    dev = share_of(task.dev)
+    step = resume(sft)
+    if step == 0 and sft.look(dev, steps=0):
+        _keep(policy, 0, run_dir)
+    if world()[0] == 0:
+        cut_metrics(run_dir / METRICS_FILE, step)
+
+    while step < task.total_steps and not _is_patience_over(sft, train.patience):
+        started = time.perf_counter()
+        metrics = sft.update(share_of(batches(step)), step)
+        learned = time.perf_counter()
+        line = {"step": step, **metrics, "time_learn_s": learned - started}
+        line["tokens_per_s"] = metrics["tokens"] / line["time_learn_s"]
+        step += 1
+        is_look = step == task.total_steps or step % train.evaluate_every == 0
+        if is_look:
+            if sft.look(dev, step):
+                _keep(policy, step, run_dir)
+            line |= {"dev_loss": sft.dev_loss.last, "time_dev_s": time.perf_counter() - learned}
+        if world()[0] == 0:
+            append_metrics(run_dir / METRICS_FILE, line)
+        if is_look:
+            save_checkpoint(sft, step - 1, line)
+    if world()[0] == 0:
+        found = sft.dev_loss
+        result = {
+            "steps": step,
+            "best_steps": found.best_steps,
+            "dev_loss_before": found.first,
+            "dev_loss": found.best,
+            "stopped_early": step < task.total_steps,
+            "train_examples": len(task.train),
+            "dev_examples": len(task.dev),
+        }
+        write_atomically(run_dir / FINE_TUNING_FILE, json.dumps(result, indent=2))
+
+
+def _is_patience_over(sft: SFT, patience: int | None) -> bool:
+    return patience is not None and sft.dev_loss.looks_since_best >= patience
+
+
+def _keep(policy: Policy, steps: int, run_dir: Path) -> None:
+    """Make this the run's adapter."""
+    if world()[0] == 0:
+        save_adapter(policy.adapter(version=steps), run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(steps)})

@@ -1,0 +1,112 @@
+"""Supervised fine-tuning, in the order it happens: examples go in, the adapter of the lowest dev loss comes out."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from detox_ray.cluster import check_learner_resources, cluster_address, local_resources, ray_session
+from detox_ray.data.example_split import ExampleSplit, load_examples
+from detox_ray.errors import ConfigError, ModelError
+from detox_ray.learner.sft_loop import TuningTask, sft_loop
+from detox_ray.metrics_file import FINE_TUNING_FILE
+from detox_ray.plan import with_lab
+from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
+from detox_ray.policy.policy import check_adapter
+from detox_ray.run_folder import RunFolder
+from detox_ray.sft_config import SFTConfig
+from detox_ray.terminal import Terminal, tuning_line
+from detox_ray.trainer import run_learners
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """A fine-tuning whose parts are known to fit together, before anything expensive has started."""
+
+    config: SFTConfig
+    run: RunFolder
+    examples: ExampleSplit
+    pad_id: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps, as configured or of so many epochs."""
+        train = self.config.train
+        return train.total_steps or math.ceil(train.epochs * len(self.examples.train) / train.batch_size)
+
+
+def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
+    """Train an adapter on prompts and responses; a run that was killed continues from its folder.
+
+    Args:
+        config: of the run; its folder is `config.run_dir`.
+        quiet: print nothing.
+
+    Returns:
+        The content of `fine_tuning.json`: dev loss before and of the adapter that was kept (nats a response token), the
+        steps behind it, all steps, and whether it stopped early.
+
+    Raises:
+        ConfigError, DataError, ModelError: something does not fit; nothing expensive has started.
+        DetoxError: the run was stopped; the folder can be continued once the cause is mended.
+    """
+    terminal = Terminal(quiet)
+    plan = prepare(config, terminal)
+    result_file = plan.run.path / FINE_TUNING_FILE
+    if result_file.exists():
+        terminal.stage(f"{plan.run.path} is complete; remove it to run again")
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    with ray_session(plan.config.ray, partial(check_learner_resources, plan.config.train), plan.run.ray_logs):
+        terminal.stage(f"training for at most {plan.total_steps} steps")
+        with terminal.follow_steps(plan.run.metrics_file, plan.total_steps, tuning_line):
+            fit(plan)
+    result = json.loads(result_file.read_text(encoding="utf-8"))
+    terminal.stage(
+        f"dev loss {result['dev_loss_before']:.3f} before, {result['dev_loss']:.3f} after {result['best_steps']} steps"
+        + (" (stopped early)" if result["stopped_early"] else "")
+    )
+    terminal.stage(f"adapter: {plan.run.adapter}")
+    plan.run.release()
+    return result
+
+
+def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
+    """Check what can be refused before it costs, read the examples, open the run folder.
+
+    Raises:
+        ConfigError, DataError, ModelError: something does not fit.
+    """
+    if cluster_address(config.ray) is None:
+        check_learner_resources(config.train, local_resources(config.ray))
+    given = config.with_absolute_paths()
+    config = with_lab(given, terminal)
+    positions = getattr(load_model_config(config.policy), "max_position_embeddings", config.data.max_tokens)
+    if config.data.max_tokens > positions:
+        raise ConfigError(
+            f"data.max_tokens={config.data.max_tokens} exceeds the {positions} positions of {config.policy.model}; "
+            "lower it"
+        )
+    check_adapter(config.policy)
+    tokenizer = load_tokenizer(config.policy)
+    end_ids = end_token_ids(config.policy, tokenizer)
+    if not end_ids:
+        raise ModelError(f"the tokenizer of {config.policy.model} has no end token, so no response could end; set one")
+    examples = load_examples(config.data, tokenizer, end_ids, config.seed)
+    run = RunFolder.open(given)
+    terminal.stage(f"run folder {run.path}")
+    terminal.stage(
+        f"{len(examples.train)} examples to train on and {len(examples.dev)} for the dev loss, read as "
+        f"{examples.format}, written with {examples.template}"
+    )
+    for reason, count in [*examples.left_out.items(), *examples.noted.items()]:
+        terminal.stage(f"{count} x {reason}")
+    return TuningPlan(config, run, examples, int(tokenizer.pad_token_id))
+
+
+def fit(plan: TuningPlan) -> None:
+    """Run the learners until the last step or until the dev loss has stopped falling; errors as `run_learners`."""
+    task = TuningTask(
+        plan.config, str(plan.run.path), plan.examples.train, plan.examples.dev, plan.pad_id, plan.total_steps
+    )
+    run_learners(sft_loop, {"task": task}, plan.config.train, plan.run)

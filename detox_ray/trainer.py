@@ -1,0 +1,66 @@
+"""Learners under Ray Train: placed, restarted after a crash, continued from the run folder's checkpoints."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from detox_ray.config import LearnerConfig
+from detox_ray.errors import DetoxError
+from detox_ray.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+# Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
+# times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
+# them back to the system and taking page faults to get them again.
+LEARNER_ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "1000",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+
+def run_learners(
+    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: LearnerConfig, run: RunFolder
+) -> None:
+    """Run `loop(settings)` on every learner until it returns.
+
+    Raises:
+        DetoxError: of the learner's own kind, where it met one that a new attempt would meet again; or the learner
+            crashed more often than `train.max_failures`.
+    """
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.num_gpus > 0,
+            resources_per_worker={"CPU": config.num_cpus, "GPU": config.num_gpus},
+        ),
+        run_config=RunConfig(
+            name=run.checkpoints.name,
+            storage_path=str(run.path),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={  # type: ignore[call-arg]  # annotated as the older one
+                "env_vars": LEARNER_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.threads)}
+            },
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        logger.error("the learner failed", exc_info=error)
+        run.raise_failure()
+        raise DetoxError(
+            f"the learner crashed more than train.max_failures={config.max_failures} times "
+            f"({str(error).strip().splitlines()[-1].strip()}); see {run.path / 'run.log'}, "
+            "then start the same command again to continue"
+        ) from error
+    run.raise_failure()

@@ -1,0 +1,135 @@
+"""What a user can get wrong in a fine-tuning: one line with the value and the fix, exit code 2, before Ray starts."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from detox_ray import cli
+from detox_ray.config import PolicyConfig
+from detox_ray.policy.adapter import save_adapter
+from detox_ray.policy.policy import Policy
+
+pytestmark = pytest.mark.unit
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Run `detox-ray sft` on a small valid configuration with overrides; returns the one line it is refused with."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"number {i}", "response": f"{i + 1}"}) + "\n" for i in range(50)))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+name: run
+output_dir: {tmp_path / "runs"}
+data: {{source: {pairs}, dev_examples: 10}}
+policy: {{model: {tiny_model}}}
+ray: {{num_cpus: 4, address: "127.0.0.1:1"}}
+"""
+    )
+
+    def run(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["detox-ray", "sft", str(config), *overrides])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ")
+        assert "\n" not in error
+        return error
+
+    return run
+
+
+def test_the_configuration_itself_is_fine(refused: Refused) -> None:
+    assert "ray.address=127.0.0.1:1 does not answer" in refused()
+
+
+def test_examples(refused: Refused, tmp_path: Path) -> None:
+    assert "nowhere.csv does not exist" in refused(f"data.source={tmp_path}/nowhere.csv")
+    assert "has no column 'question'; its columns are prompt, response" in refused("data.prompt_column=question")
+    error = refused("data.dev_examples=50")
+    assert "0 examples to train on and 50 for the dev loss are left of 50" in error
+    assert "lower data.dev_examples=50" in error
+    assert "response longer than data.max_tokens" in refused("data.max_tokens=2")
+    broken = tmp_path / "dialogues.csv"
+    broken.write_text("text,dialogue_id,turn_id,type\nyou fool,1,0,HS\nyou fool,1,1,HS\n")
+    assert "1 dialogue whose turns do not alternate" in refused(f"data.source={broken}")
+
+
+def test_template(refused: Refused) -> None:
+    assert "template 'Human: ' has no {prompt}" in refused("data.template='Human: '")
+    assert "has no chat template; write one" in refused("data.template=chat")
+
+
+def test_more_tokens_than_the_model_reads(refused: Refused) -> None:
+    assert "data.max_tokens=600 exceeds the 512 positions" in refused("data.max_tokens=600")
+
+
+def test_targets_that_are_not_there(refused: Refused) -> None:
+    error = refused("policy.lora.targets=[q_proj, query_key_value]")
+    assert "the model has no module 'query_key_value'" in error
+    assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in error
+
+
+def test_adapter_of_another_base(refused: Refused, tmp_path: Path) -> None:
+    other = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
+    policy = Policy(PolicyConfig(model=str(tmp_path / "other"), quantization="none"), torch.device("cpu"))
+    save_adapter(policy.adapter(0), tmp_path / "adapter")
+    assert "does not fit the base model" in refused(f"policy.adapter={tmp_path / 'adapter'}")
+
+
+def test_a_tokenizer_without_end_token(refused: Refused, tiny_model: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "endless")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").unlink()
+    assert "has no end token, so no response could end" in refused(f"policy.model={folder}")
+
+
+def test_learners(refused: Refused) -> None:
+    assert "train.batch_size=32 is not a multiple of train.workers=3" in refused("train.workers=3")
+    local = ("ray.address=null",)
+    assert "40 learners x 1 need 40 CPUs" in refused(*local, "train.workers=40", "train.batch_size=40")
+
+
+def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:
+    refused()
+    (tmp_path / "runs" / "run" / "checkpoints").mkdir()
+    assert "holds a run with data.template = 'auto', not 'none'" in refused("data.template=none")
+    assert "does not answer" in refused("train.threads=2", "train.max_failures=0")
+
+
+def test_a_detoxification_run_is_no_fine_tuning(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused()
+    folder = tmp_path / "runs" / "run"
+    (folder / "adapter").mkdir()
+    monkeypatch.setattr(sys, "argv", ["detox-ray", "evaluate", str(folder)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "holds a fine-tuning run (detox-ray sft)" in capsys.readouterr().err
+
+
+def test_a_complete_run_is_not_run_again(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused()
+    (tmp_path / "runs" / "run" / "fine_tuning.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["detox-ray", "sft", str(tmp_path / "config.yaml")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert "is complete; remove it to run again" in capsys.readouterr().out
