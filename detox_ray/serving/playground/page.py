@@ -215,16 +215,15 @@ class Page:
                     tokens = gr.Slider(
                         1, LONGEST_ANSWER_TOKENS, setup.max_new_tokens, step=1, label="Tokens", min_width=230
                     )
-                with gr.Row():
-                    seed = gr.Number(
-                        0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed",
-                        info="All systems get the same random numbers, so that they part only where they differ.",
-                    )  # fmt: skip
-                    new_seed = gr.Button("New seed", elem_id="new-seed", min_width=150)
+                seed = gr.Number(
+                    0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed",
+                    info="All systems get the same random numbers, so that they part only where they differ.",
+                )  # fmt: skip
             with gr.Row():
                 ask = gr.Button("Answer", variant="primary", elem_id="ask", interactive=False, scale=3, min_width=260)
-                stop = gr.Button("Stop", elem_id="stop", min_width=100)
-                copy_link = gr.Button("Copy link", elem_id="copy-link", min_width=100)
+                new_seed = gr.Button("New seed", elem_id="new-seed", min_width=96)
+                copy_link = gr.Button("Copy link", elem_id="copy-link", min_width=96)
+                stop = gr.Button("Stop", elem_id="stop", min_width=70)
             notes = gr.HTML(elem_id="note", **html)
             answers = gr.HTML(self._cards([Answer() for _ in setup.systems], "waiting"), elem_id="answers", **html)
             fragment = gr.Textbox(visible="hidden")
@@ -232,7 +231,10 @@ class Page:
 
             form: list[Any] = [prompt, temperature, top_p, tokens, seed]
             quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-            asked = ask.click(self.answer, form, [answers, notes, fragment], api_name="answer", show_progress="hidden")
+            asked = ask.click(
+                self.answer, form, [answers, notes, fragment],
+                api_name="answer", show_progress="minimal", show_progress_on=notes,
+            )  # fmt: skip
             stop.click(lambda: note("stopped"), None, notes, cancels=[asked], **quiet)
             copy_link.click(self.link, form, [fragment, notes], **quiet).then(None, js=COPY_LINK)
             fragment.change(None, fragment, js=SHOW_LINK)
