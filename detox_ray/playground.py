@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from detox_ray.config import Config, PolicyConfig, RewardConfig
+from detox_ray.config import ClassifierConfig, Config, PolicyConfig, RewardConfig
 from detox_ray.config_file import parse_section
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError, DetoxError
@@ -32,7 +32,7 @@ from detox_ray.terminal import Terminal
 
 APP_NAME = "playground"
 OFFERED_PROMPTS = 500
-PAGE_TIMEOUT_S = 60.0
+PAGE_TIMEOUT_S = 180.0
 QUANTIZATION = {"none": "not quantised", "int8": "int8", "nf4": "NF4"}
 
 
@@ -78,8 +78,8 @@ def playground(
 
     with serve_session(config.ray, http.host, http.port, request_timeout_s=None) as address:
         engine = engine_setup(config, tuple(adapters.values()))
-        uncalibrated = [scorer.model_copy(update={"calibration": "none"}) for scorer in scorers]
-        deploy_in_background(build_playground(setup, engine, RewardConfig(classifiers=uncalibrated)), APP_NAME, "/")
+        reward = RewardConfig(classifiers=[for_one_reader(scorer) for scorer in scorers])
+        deploy_in_background(build_playground(setup, engine, reward), APP_NAME, "/")
         wait_for_page(address)
         terminal.stage(f"{address} (the models are still loading)")
         wait_until_running(APP_NAME)
@@ -97,7 +97,7 @@ def wait_for_page(address: str) -> None:
     deadline = time.monotonic() + PAGE_TIMEOUT_S
     while time.monotonic() < deadline:
         with suppress(httpx.TransportError):
-            if httpx.get(address, timeout=PAGE_TIMEOUT_S).status_code == httpx.codes.OK:
+            if httpx.get(address, timeout=PAGE_TIMEOUT_S, trust_env=False).status_code == httpx.codes.OK:
                 return
         time.sleep(0.1)
     raise DetoxError(f"the page at {address} did not come within {PAGE_TIMEOUT_S:g} s; see the logs of Ray Serve")
@@ -122,14 +122,22 @@ def engine_setup(config: Config, adapters: tuple[Path, ...]) -> EngineSetup:
     )
 
 
+def for_one_reader(scorer: ClassifierConfig) -> ClassifierConfig:
+    """The classifier as the page needs it: its plain probabilities, and no more of the machine than it takes.
+
+    It reads a few texts at a time, so it waits for no CPU or GPU of its own, which may not be here.
+    """
+    return scorer.model_copy(update={"calibration": "none", "replicas": 1, "num_cpus": 0.0, "num_gpus": 0.0})
+
+
 def page_setup(run: RunFolder, config: Config, adapters: list[str], prompts: list[OfferedPrompt]) -> PageSetup:
     """The run as the page shows it; `config` as it was given, so that the lab's parts keep their names."""
     policy, train = config.policy, config.train
     last = adapters[-1] if adapters else "base"
     labels = [SystemLabel("Base", published_name(policy.model), f"{last} / base")]
-    details = {"Fine-tuned": published_name(policy.adapter), "RLAF": "after PPO"}
-    labels += [SystemLabel(name, details[name], f"{name} / base") for name in adapters]
     steps = run.trained_steps() if "RLAF" in adapters else 0
+    details = {"Fine-tuned": published_name(policy.adapter), "RLAF": f"after {steps} steps of PPO"}
+    labels += [SystemLabel(name, details[name], f"{name} / base") for name in adapters]
     missing = None
     if "RLAF" not in adapters:
         missing = Missing(
@@ -141,7 +149,7 @@ def page_setup(run: RunFolder, config: Config, adapters: list[str], prompts: lis
         )
     return PageSetup(
         title=f"Playground: {run.path.name}",
-        facts=f"{published_name(policy.model)}, {QUANTIZATION[policy.quantization]}, {steps} steps of RLAF",
+        facts=f"{published_name(policy.model)}, {QUANTIZATION[policy.quantization]}",
         missing=missing,
         systems=tuple(labels),
         scorers=(

@@ -1,6 +1,5 @@
 """A real Chromium without a window, driven over the DevTools protocol."""
 
-import base64
 import json
 import shutil
 import subprocess
@@ -75,23 +74,16 @@ class Browser:
         return _wait(lambda: self.evaluate(script), f"the page never came to {script}", timeout_s)
 
     def click(self, selector: str) -> None:
-        """Click the first element that matches."""
-        self.wait_for(f"!!document.querySelector({selector!r})")
-        self.evaluate(f"document.querySelector({selector!r}).click()")
-
-    def type(self, selector: str, text: str) -> None:
-        """Replace the text of a field, as a paste does."""
-        self.evaluate(
-            f"(() => {{ const field = document.querySelector({selector!r}); field.focus(); field.select(); }})()"
+        """Press the left button on the middle of the first element that matches."""
+        found = f"document.querySelector({selector!r})"
+        self.wait_for(f"!!{found}")
+        middle = "[box.x + box.width / 2, box.y + box.height / 2]"
+        x, y = self.evaluate(
+            f"(() => {{ {found}.scrollIntoView({{block: 'center', behavior: 'instant'}}); "
+            f"const box = {found}.getBoundingClientRect(); return {middle}; }})()"
         )
-        self.call("Input.insertText", text=text)
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page, beyond the window, as PNG."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        data = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(data))
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def close(self) -> None:
         """End the browser."""

@@ -165,6 +165,13 @@ def test_more_toxic_prompts_on_a_phone(playground: Playground, browser: Browser)
         browser.wait_for(f"document.querySelector('#note').innerText.startsWith('prompt {place} of 4, toxicity 0.')")
         seen.add(browser.wait_for(prompt))
     assert len(seen) == 4
+    browser.click("#offered input")
+    browser.click("[role=listbox] li:nth-child(2)")
+    browser.wait_for("document.querySelector('#note').innerText.startsWith('prompt 2 of 4, toxicity 0.')")
+    assert browser.wait_for(prompt) in seen
+    browser.click("#offered input")
+    browser.click("[role=listbox] li:nth-child(4)")
+    browser.wait_for("document.querySelector('#note').innerText.startsWith('prompt 4 of 4, toxicity 0.')")
     browser.click("#more-toxic")
     browser.wait_for("document.querySelector('#note').innerText.includes('none of the 4 prompts is more toxic')")
     browser.click(".label-wrap")
@@ -184,7 +191,7 @@ def test_the_gradio_client_streams_and_is_refused_in_words(playground: Playgroun
     client = Client(playground.address, verbose=False, analytics_enabled=False)
     values = list(REQUEST.model_dump().values())
     jobs = [client.submit(*values, api_name="/answer") for _ in range(2)]
-    cards = [job.result(timeout=60)[0] for job in jobs]
+    cards = [job.result(timeout=180)[0] for job in jobs]
     assert cards[0] == cards[1]
     assert len(jobs[0].outputs()) > 2
     assert "<b>I</b>" not in cards[0]

@@ -206,7 +206,9 @@ class Page:
                 placeholder="Type how a text begins, or pick a prompt",
             )  # fmt: skip
             with gr.Row():
-                offered = gr.Dropdown(label="Pick a prompt", choices=self._choices(), value=None, elem_id="offered")
+                offered = gr.Dropdown(
+                    label="Pick a prompt", choices=self._choices(), value=None, elem_id="offered", min_width=260
+                )
                 more_toxic = gr.Button("A more toxic prompt", elem_id="more-toxic", interactive=False, min_width=150)
             with gr.Accordion("Sampling", open=False):
                 with gr.Row():
