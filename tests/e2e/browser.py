@@ -12,6 +12,17 @@ from websockets.sync.client import connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
+MIDDLE_AT_REST = """async (element) => {
+  element.scrollIntoView({block: "center", behavior: "instant"});
+  for (let before = null; ; ) {
+    const box = element.getBoundingClientRect();
+    const middle = [box.x + box.width / 2, box.y + box.height / 2];
+    if (before && before[0] == middle[0] && before[1] == middle[1]) return middle;
+    before = middle;
+    await new Promise((resolve) => setTimeout(resolve, 100));
+  }
+}"""
+
 
 class Browser:
     """One page; every address it asked for is in `requested`, and what its console complained of in `complaints`."""
@@ -74,14 +85,9 @@ class Browser:
         return _wait(lambda: self.evaluate(script), f"the page never came to {script}", timeout_s)
 
     def click(self, selector: str) -> None:
-        """Press the left button on the middle of the first element that matches."""
-        found = f"document.querySelector({selector!r})"
-        self.wait_for(f"!!{found}")
-        middle = "[box.x + box.width / 2, box.y + box.height / 2]"
-        x, y = self.evaluate(
-            f"(() => {{ {found}.scrollIntoView({{block: 'center', behavior: 'instant'}}); "
-            f"const box = {found}.getBoundingClientRect(); return {middle}; }})()"
-        )
+        """Press the left button on the middle of the first element that matches, once it has come to rest."""
+        self.wait_for(f"!!document.querySelector({selector!r})")
+        x, y = self.evaluate(f"({MIDDLE_AT_REST})(document.querySelector({selector!r}))")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from detox_ray.metrics_file import STEPS_FILE
+from detox_ray.serving.playground.page import QUEUE
 from detox_ray.serving.playground.request import AnswerRequest, to_permalink
 
 pytestmark = pytest.mark.e2e
@@ -201,6 +202,18 @@ def test_the_gradio_client_streams_and_is_refused_in_words(playground: Playgroun
     ):
         outputs = client.predict(*REQUEST.model_copy(update=changed).model_dump().values(), api_name="/answer")
         assert said in outputs[1]
+
+
+def test_who_comes_when_the_queue_is_full_is_told_so(playground: Playground) -> None:
+    from gradio_client import Client
+
+    client = Client(playground.address, verbose=False, analytics_enabled=False)
+    values = list(REQUEST.model_copy(update={"max_new_tokens": 48}).model_dump().values())
+    jobs = [client.submit(*values, api_name="/answer") for _ in range(2 * QUEUE)]
+    refused = [str(error) for job in jobs if (error := job.exception(timeout=180)) is not None]
+    assert 0 < len(refused) < QUEUE
+    assert all("full" in reason for reason in refused)
+    assert len({job.result()[0] for job in jobs if job.exception() is None}) == 1
 
 
 def test_headers_and_limits(playground: Playground) -> None:

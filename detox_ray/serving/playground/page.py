@@ -173,7 +173,7 @@ class Page:
             )
         except ConfigError as error:
             return gr.skip(), note(str(error))
-        return to_permalink(request), note("the link is in the address bar and copied")
+        return to_permalink(request), note("the link is in the address bar, and copied where the browser allows it")
 
     def opened(self, fragment: str) -> tuple[Any, ...]:
         """The form and a note, filled from the permalink that was opened."""
