@@ -223,6 +223,22 @@ def serve(
 
 
 @app.command()
+def playground(
+    run: RunPath,
+    prompts: Annotated[
+        Path | None, typer.Option(help="file of prompts to offer; none: the run's held-out ones")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="of that file; none: as in the run")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; others than you reach it on 0.0.0.0")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 7860,
+) -> None:
+    """Compare a run's base and adapters in the browser, side by side; needs the extra `playground`."""
+    from detox_ray.playground import playground as serve_playground
+
+    serve_playground(run, prompts, text_column, host, port)
+
+
+@app.command()
 def config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved configuration."""
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)

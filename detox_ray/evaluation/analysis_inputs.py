@@ -14,15 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from detox_ray.config import Config, PolicyConfig
 from detox_ray.config_file import load_config
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.templates import start_ids
-from detox_ray.errors import DataError, ModelError
+from detox_ray.errors import DataError
 from detox_ray.metrics_file import ADAPTER_FOLDER
-from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE
+from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE, put_adapters
 from detox_ray.policy.load import compute_dtype, load_base, load_tokenizer, write_dequantized_base
 from detox_ray.run_folder import RunFolder
 
@@ -150,16 +149,7 @@ def load_systems(policy: PolicyConfig, reference: str, adapters: Mapping[str, Pa
     base = load_base(policy, _device())
     # PEFT's own names may hold no dots.
     names = {system: f"adapter_{number}" for number, system in enumerate(adapters)}
-    model: Any = None
-    for system, path in adapters.items():
-        try:
-            if model is None:
-                model = PeftModel.from_pretrained(base, str(path), adapter_name=names[system])
-            else:
-                model.load_adapter(str(path), adapter_name=names[system])
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"adapter {path} of {system!r} does not fit {policy.model}: {reason}") from None
+    model = put_adapters(base, {names[system]: path for system, path in adapters.items()})
     return ComparedSystems(model.eval(), tokenizer, reference, names)
 
 

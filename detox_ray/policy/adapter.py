@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from transformers.modeling_utils import PreTrainedModel
 
 from detox_ray.errors import ModelError
 
@@ -122,3 +124,22 @@ def load_adapter(folder: str | Path, version: int = 0) -> Adapter:
             f"expected {CONFIG_FILE} and {TENSOR_FILE}"
         ) from None
     return Adapter(version, content_digest(config, tensors), config, tensors)
+
+
+def put_adapters(base: PreTrainedModel, adapters: Mapping[str, Path]) -> Any:
+    """The base with saved adapters on it, under names that PEFT takes (no dots); the base itself where there are none.
+
+    Raises:
+        ModelError: an adapter cannot be read or was made for another base.
+    """
+    model: Any = base
+    for name, folder in adapters.items():
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"adapter {folder} does not fit {base.config.name_or_path}: {reason}") from None
+    return model

@@ -286,10 +286,9 @@ def deploy_reward_app(config: RewardConfig, app_name: str) -> DeploymentHandle:
     """
     app = build_reward_app(config)
     serve.start(proxy_location="Disabled", logging_config=QUIET)
-    target = serve.RunTarget(app, name=app_name, route_prefix=None, logging_config=QUIET)
-    [handle] = serve.run_many([target], wait_for_applications_running=False)
+    handle = deploy_in_background(app, app_name, route_prefix=None)
     try:
-        _wait_until_running(app_name)
+        wait_until_running(app_name)
     except BaseException:
         serve.delete(app_name)
         raise
@@ -325,7 +324,19 @@ def delete_reward_app(app_name: str) -> None:
     serve.delete(app_name)
 
 
-def _wait_until_running(app_name: str) -> None:
+def deploy_in_background(app: serve.Application, app_name: str, route_prefix: str | None) -> DeploymentHandle:
+    """Starts the application; its ingress' handle waits for replicas that are not ready."""
+    target = serve.RunTarget(app, name=app_name, route_prefix=route_prefix, logging_config=QUIET)
+    [handle] = serve.run_many([target], wait_for_applications_running=False)
+    return handle
+
+
+def wait_until_running(app_name: str) -> None:
+    """Until every replica is ready.
+
+    Raises:
+        RewardError: one does not start.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         app = serve.status().applications.get(app_name)
@@ -335,7 +346,7 @@ def _wait_until_running(app_name: str) -> None:
         if failed or time.monotonic() > deadline:
             waiting = {} if app is None else {n: d for n, d in app.deployments.items() if d.status != "HEALTHY"}
             reasons = "; ".join(f"{name}: {_last_line(d.message) or d.status.value}" for name, d in waiting.items())
-            raise RewardError(f"the reward app {app_name!r} does not start: {reasons or 'no reason given by Serve'}")
+            raise RewardError(f"the app {app_name!r} does not start: {reasons or 'no reason given by Serve'}")
         time.sleep(0.1)
 
 

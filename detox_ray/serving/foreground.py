@@ -1,0 +1,71 @@
+"""Serve with its HTTP proxy for the length of a command, on a local Ray or a running one."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from detox_ray.cluster import OBJECT_STORE_BYTES
+from detox_ray.config import RayConfig
+from detox_ray.errors import ConfigError
+
+
+@contextmanager
+def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s: float | None) -> Iterator[str]:
+    """Ray and Serve, listening; yields the address. What was started is shut down at the end, and only that.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    import ray
+    from ray import serve
+
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    address = ray_config.address or os.environ.get("RAY_ADDRESS") or "local"
+    ours = not ray.is_initialized()
+    if ours:
+        local: dict[str, Any] = {}
+        if address == "local":
+            check_port(host, port)
+            local = {
+                "num_cpus": ray_config.num_cpus,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+            }
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    try:
+        serve.start(http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s})
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    finally:
+        if ours:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError when nobody can listen there; Serve would try for minutes."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"http.host={host} http.port={port}: {reason}; take another port") from None
+
+
+def wait_until_stopped(stop: threading.Event | None = None) -> None:
+    """Until SIGINT or SIGTERM, or until `stop` is set."""
+    stop = stop or threading.Event()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda *_: stop.set())
+    try:
+        stop.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
