@@ -55,15 +55,18 @@ class Page:
         self._scorers = scorers
         self._shelf = PromptShelf(setup.prompts)
         self._loading = {"the model", "the classifiers"}
+        self._trouble = ""
         self._start: asyncio.Task[Any] | None = None
 
     async def status(self) -> tuple[Any, ...]:
         """What is still loading, whether one may ask, the prompts on offer, and whether to look again."""
         if self._start is None:
             self._start = asyncio.create_task(self._wait_until_loaded())
-        notice = f'<p class="notice loading">loading {" and ".join(sorted(self._loading, reverse=True))} …</p>'
+        notice = f"loading {' and '.join(sorted(self._loading, reverse=True))} …{self._trouble}"
         return (
-            gr.update(value=f'<div class="pg">{notice}</div>', visible=bool(self._loading)),
+            gr.update(
+                value=f'<div class="pg"><p class="notice loading">{notice}</p></div>', visible=bool(self._loading)
+            ),
             gr.update(interactive="the model" not in self._loading),
             gr.skip() if "the classifiers" in self._loading else gr.update(choices=self._choices()),
             gr.update(interactive="the classifiers" not in self._loading),
@@ -81,8 +84,7 @@ class Page:
                 self._loading.discard("the model")
                 return
             except (RayError, RayServeException) as error:
-                logger.error("the engine does not answer: %s", type(error).__name__)
-                await asyncio.sleep(RETRY_S)
+                await self._retry_later("the engine", error)
 
     async def _wait_for_scorers(self) -> None:
         """Until the classifiers answer, and the judge has read the prompts whose file has no toxicity."""
@@ -94,8 +96,13 @@ class Page:
                 self._loading.discard("the classifiers")
                 return
             except (RayError, RayServeException) as error:
-                logger.error("the classifiers do not answer: %s", type(error).__name__)
-                await asyncio.sleep(RETRY_S)
+                await self._retry_later("a classifier", error)
+
+    async def _retry_later(self, part: str, error: Exception) -> None:
+        # The message of the error may quote a text.
+        logger.error("%s does not answer: %s", part, type(error).__name__)
+        self._trouble = f" ({part} failed and is asked again; its log says why)"
+        await asyncio.sleep(RETRY_S)
 
     async def answer(
         self, prompt: str, temperature: float, top_p: float, max_new_tokens: int, seed: int
