@@ -36,6 +36,7 @@ import psutil
 import yaml
 from machine import describe, machine, spread, write_json
 from pipeline import Pipeline, real_texts
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -291,7 +292,7 @@ def _latency_table(result: dict[str, Any]) -> Table:
 
 
 def _memory_table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"private memory, MiB, {result['clients']} clients")
+    table = Table(title=f"private memory, MiB, {result['clients']} clients", box=box.SIMPLE_HEAD, pad_edge=False)
     names = [name for name in result["samples"][0] if name != "requests"]
     for column in ("requests", *names, "requests/s"):
         table.add_column(column, justify="right", no_wrap=True)
