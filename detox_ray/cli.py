@@ -95,6 +95,16 @@ def report(folder: Annotated[Path, typer.Argument(help="run or evaluation folder
 
 
 @app.command()
+def chat(
+    folder: RunPath, seed: Annotated[int, typer.Option(min=0, help="of the first answers; then one more each time")] = 0
+) -> None:
+    """Talk to a run's base, fine-tuned and tuned model side by side in the terminal."""
+    from detox_ray.chat import chat as talk
+
+    talk(folder, seed)
+
+
+@app.command()
 def export(
     folder: RunPath,
     output: Annotated[Path | None, typer.Option(help="empty folder to write; none: RUN/export")] = None,
