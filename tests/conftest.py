@@ -1,7 +1,8 @@
 """Paths and small real models that several rooms' tests share."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,27 @@ def local_ray() -> Iterator[Path]:
     yield Path(context.address_info["session_dir"])
     serve.shutdown()
     ray.shutdown()
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run `detox-ray` with arguments; returns the one line it is refused with."""
+    from detox_ray import cli
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["detox-ray", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ")
+        assert "\n" not in error
+        return error
+
+    return run
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ import json
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,7 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(
-    tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Refused:
+def refused(tmp_path: Path, tiny_model: str, refused_line: Refused) -> Refused:
     """Run `detox-ray train` on a small valid configuration with overrides; returns the one line it is refused with."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"number {i} is"}) + "\n" for i in range(50)))
@@ -36,17 +35,7 @@ ray: {{num_cpus: 4}}
 """
     )
 
-    def run(*overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["detox-ray", "train", str(config), *overrides])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err.strip()
-        assert error.startswith("error: ")
-        assert "\n" not in error
-        return error
-
-    return run
+    return partial(refused_line, "train", str(config))
 
 
 def test_prompt_file(refused: Refused, tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from detox_ray import cli, playground
+from detox_ray import playground
 from detox_ray.config import Config
 from detox_ray.metrics_file import STEPS_FILE
 from detox_ray.playground import offered_prompts, page_setup, systems_of
@@ -40,20 +40,9 @@ def run(tmp_path: Path, tiny_model: str) -> RunFolder:
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(refused_line: Callable[..., str]) -> Callable[..., str]:
     """Run `detox-ray playground`; returns the one line it is refused with."""
-
-    def refused(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["detox-ray", "playground", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err.strip()
-        assert error.startswith("error: ")
-        assert "\n" not in error
-        return error
-
-    return refused
+    return partial(refused_line, "playground")
 
 
 def test_a_folder_without_run(refused: Callable[..., str], tmp_path: Path) -> None:

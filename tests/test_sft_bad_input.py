@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,7 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(
-    tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Refused:
+def refused(tmp_path: Path, tiny_model: str, refused_line: Refused) -> Refused:
     """Run `detox-ray sft` on a small valid configuration with overrides; returns the one line it is refused with."""
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"number {i}", "response": f"{i + 1}"}) + "\n" for i in range(50)))
@@ -37,17 +36,7 @@ ray: {{num_cpus: 4, address: "127.0.0.1:1"}}
 """
     )
 
-    def run(*overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["detox-ray", "sft", str(config), *overrides])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err.strip()
-        assert error.startswith("error: ")
-        assert "\n" not in error
-        return error
-
-    return run
+    return partial(refused_line, "sft", str(config))
 
 
 def test_the_configuration_itself_is_fine(refused: Refused) -> None:
