@@ -21,7 +21,7 @@ from detox_ray.policy.policy import Policy
 from detox_ray.sft_config import SFTConfig, load_sft_config
 
 pytestmark = pytest.mark.e2e
-STEPS, EVERY = 40, 5
+STEPS, EVERY = 25, 5
 
 
 @pytest.fixture
