@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from detox_ray.calibration import agreement, read_all
-from detox_ray.config import ClassifierConfig, EvaluationConfig, RewardConfig
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.config import EvaluationConfig, RewardConfig
 from detox_ray.data.labelled_texts import LabelledTexts, read_labelled_texts
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.evaluation.report_parts import jsonable

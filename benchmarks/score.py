@@ -120,7 +120,7 @@ def _measure_speed(options: argparse.Namespace, scratch: Path, console: Console)
 
 
 def _classifier(model: str, label: str) -> Any:
-    from detox_ray.config import ClassifierConfig
+    from detox_ray.classifier_config import ClassifierConfig
 
     return ClassifierConfig(name="classifier", kind="transformers", model=model, label=label)
 

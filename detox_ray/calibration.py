@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import yaml
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.labelled_texts import LabelledTexts, read_labelled_texts
 from detox_ray.data.prompts import normalized

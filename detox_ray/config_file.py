@@ -8,7 +8,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from detox_ray.config import Config, S, Section
+from detox_ray.config import Config
+from detox_ray.config_section import S, Section
 from detox_ray.errors import ConfigError
 
 Overrides = list[str] | tuple[str, ...]

@@ -8,8 +8,9 @@ from rich import box
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification
 
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.cluster import cluster_address, gpus_needed
-from detox_ray.config import ClassifierConfig, Config
+from detox_ray.config import Config
 from detox_ray.errors import ConfigError
 from detox_ray.policy.footprint import (
     Skeleton,

@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from detox_ray.classifier_config import ClassifierConfig, make_classifier_absolute
 from detox_ray.config import (
-    ClassifierConfig,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -14,11 +14,9 @@ from detox_ray.config import (
     RayConfig,
     ResponseColumns,
     RolloutConfig,
-    Section,
-    absolute_path,
-    make_classifier_absolute,
 )
 from detox_ray.config_file import Overrides, parse_section, read_tree
+from detox_ray.config_section import Section, absolute_path
 from detox_ray.data.sources import FILE_SUFFIXES
 from detox_ray.errors import ConfigError
 from detox_ray.run_folder import RunFolder

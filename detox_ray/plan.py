@@ -7,7 +7,8 @@ from uuid import uuid4
 import torch
 
 from detox_ray.cluster import check_resources, cluster_address, local_resources
-from detox_ray.config import Config, PolicyConfig, RolloutConfig, S
+from detox_ray.config import Config, PolicyConfig, RolloutConfig
+from detox_ray.config_section import S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from detox_ray.config import ClassifierConfig, Config, PolicyConfig, RewardConfig
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.config import Config, PolicyConfig, RewardConfig
 from detox_ray.config_file import parse_section
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError, DetoxError

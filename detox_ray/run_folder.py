@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from detox_ray import errors
-from detox_ray.config import PolicyConfig, RewardConfig, RunSettings, S
+from detox_ray.config import PolicyConfig, RewardConfig, RunSettings
 from detox_ray.config_file import dump_config, parse_section
+from detox_ray.config_section import S
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE, STEPS_FILE, write_atomically
 

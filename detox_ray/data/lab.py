@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from detox_ray.config import LAB_PREFIX, S, Section, cache_folder
+from detox_ray.config_section import LAB_PREFIX, S, Section, cache_folder
 from detox_ray.errors import ConfigError, DataError
 
 # To be raised with every change of what the lab contains, so that no stale one is used.

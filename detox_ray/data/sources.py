@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detox_ray.config import LAB_PREFIX, DataConfig
+from detox_ray.config import DataConfig
+from detox_ray.config_section import LAB_PREFIX
 from detox_ray.data.lab import lab_source
 from detox_ray.errors import DataError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.cases import CaseColumns, CaseLabels, Cases, read_cases
 from detox_ray.errors import ConfigError
 from detox_ray.evaluation.audit_report import Audit, audit_table, write_audit

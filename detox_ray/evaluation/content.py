@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detox_ray.config import LAB_PREFIX
+from detox_ray.config_section import LAB_PREFIX
 from detox_ray.evaluation import figures, summary, tables
 from detox_ray.evaluation.analysis_figures import AnalysisSection, analysis_section
 from detox_ray.evaluation.evaluation_file import (

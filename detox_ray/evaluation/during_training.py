@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rewards.classifiers import Classifier, load_classifier

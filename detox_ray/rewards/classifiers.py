@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ModelError
 from detox_ray.records import Readings
 from detox_ray.rewards.evaluate_measurement import EvaluateClassifier, check_measurement

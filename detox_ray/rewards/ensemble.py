@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from detox_ray.config import Calibration, RewardConfig
+from detox_ray.classifier_config import Calibration
+from detox_ray.config import RewardConfig
 from detox_ray.errors import RewardError
 from detox_ray.records import Score
 

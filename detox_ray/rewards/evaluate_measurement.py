@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from detox_ray.config import ClassifierConfig, measurement_script
+from detox_ray.classifier_config import ClassifierConfig, measurement_script
 from detox_ray.errors import ConfigError, ModelError, RewardError
 from detox_ray.rewards.model_config import HUB_ID, check_sequence_classifier, first_line
 from detox_ray.rewards.probability import ProbabilityClassifier

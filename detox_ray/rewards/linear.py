@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.rewards.model_config import first_line
 from detox_ray.rewards.probability import ProbabilityClassifier

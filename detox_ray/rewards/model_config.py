@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ConfigError, ModelError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

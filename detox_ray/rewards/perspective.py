@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from detox_ray.config import ClassifierConfig, PerspectiveConfig
+from detox_ray.classifier_config import ClassifierConfig, PerspectiveConfig
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards.answer_cache import AnswerCache
 from detox_ray.rewards.model_config import first_line

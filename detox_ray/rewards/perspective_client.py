@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from detox_ray.config import PerspectiveConfig
+from detox_ray.classifier_config import PerspectiveConfig
 from detox_ray.errors import RewardError
 from detox_ray.rewards.model_config import first_line
 

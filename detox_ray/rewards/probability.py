@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import RewardError
 from detox_ray.records import Readings
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from scipy.optimize import minimize_scalar
 from sklearn.isotonic import IsotonicRegression
 
-from detox_ray.config import Section
+from detox_ray.config_section import Section
 from detox_ray.rewards.probability import PROBABILITY_FLOOR, tempered
 
 Method = Literal["none", "temperature", "isotonic"]

@@ -4,7 +4,7 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 
 UNKNOWN = "unversioned"
 

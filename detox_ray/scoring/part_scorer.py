@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.tables import MAX_CHARACTERS, to_python
 from detox_ray.errors import RewardError
 from detox_ray.rewards.classifiers import Classifier, load_classifier

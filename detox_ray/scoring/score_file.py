@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.cluster import ray_session
-from detox_ray.config import ClassifierConfig, RayConfig
+from detox_ray.config import RayConfig
 from detox_ray.data.tables import FileSurvey, described, read_tables, require_columns, survey
 from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError
 from detox_ray.metrics_file import write_atomically

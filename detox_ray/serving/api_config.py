@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from detox_ray.config import RayConfig, RewardConfig, Section
+from detox_ray.config import RayConfig, RewardConfig
 from detox_ray.config_file import parse_config, parse_section, read_tree
+from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError
 from detox_ray.serving.calibration_table import CalibrationTable, read_table
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import yaml
 from pydantic import Field, model_validator
 
-from detox_ray.config import ClassifierConfig, Section
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config_file import parse_section
+from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError
 from detox_ray.rewards.probability_calibration import FittedMap
 from detox_ray.rewards.revision import model_name, model_revision

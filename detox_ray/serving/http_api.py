@@ -12,7 +12,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from detox_ray.config import LAB_PREFIX, ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.config_section import LAB_PREFIX
 from detox_ray.data.lab import LabPart, lab_path
 from detox_ray.errors import ConfigError
 from detox_ray.rewards.ensemble import UNCALIBRATED, with_calibrations

@@ -21,7 +21,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ApplicationStatus
 
-from detox_ray.config import Calibration, ClassifierConfig, RewardConfig
+from detox_ray.classifier_config import Calibration, ClassifierConfig
+from detox_ray.config import RewardConfig
 from detox_ray.errors import DetoxError, RewardError
 from detox_ray.records import Readings, Score
 from detox_ray.rewards.classifiers import check_classifier, load_classifier

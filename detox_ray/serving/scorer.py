@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from detox_ray.config import ClassifierConfig, ShapingConfig
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.config import ShapingConfig
 from detox_ray.records import Rollout, Score
 from detox_ray.rewards.classifiers import Classifier, load_classifier
 from detox_ray.rewards.shaping import shape

@@ -14,7 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.lab import lab_path
 from detox_ray.rewards.classifiers import load_classifier
 from detox_ray.scoring.score_file import CHUNK_ROWS
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import DetoxError
 from detox_ray.scoring.score_file import score_file
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.cases import CaseColumns, read_cases
 from detox_ray.errors import ConfigError, DataError, ModelError
 from detox_ray.evaluation.audit import audit_cases, audit_table, run_audit, write_audit

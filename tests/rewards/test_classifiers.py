@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ConfigError, ModelError, RewardError
 from detox_ray.rewards.classifiers import check_classifier, load_classifier, read_label
 from detox_ray.rewards.probability import PROBABILITY_FLOOR

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from detox_ray.config import Calibration, ClassifierConfig, RewardConfig
+from detox_ray.classifier_config import Calibration, ClassifierConfig
+from detox_ray.config import RewardConfig
 from detox_ray.errors import RewardError
 from detox_ray.rewards.ensemble import aggregate, calibrate, calibrations, fit_calibration, with_calibrations
 

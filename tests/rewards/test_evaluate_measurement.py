@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config_file import parse_config
 from detox_ray.errors import ConfigError, ModelError, RewardError
 from detox_ray.rewards.classifiers import check_classifier, load_classifier

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from perspective_server import KEY, KNOWN, PerspectiveServer, published_error, score
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config_file import dump_config, parse_config
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards import perspective_client
@@ -241,7 +241,7 @@ def test_a_server_that_dies_and_comes_back(server: PerspectiveServer) -> None:
 
 SCORE = """
 import sys
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.rewards import perspective
 perspective.MAX_THREADS = int(sys.argv[2])
 settings = {"address": sys.argv[1], "requests_per_second": 200}

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.rewards.revision import model_name, model_revision
 
 pytestmark = pytest.mark.unit

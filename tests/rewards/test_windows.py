@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.rewards.classifiers import load_classifier
 
 pytestmark = pytest.mark.unit

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from detox_ray.config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ConfigError
 from detox_ray.records import Readings
 from detox_ray.serving.api_config import ApiConfig, Source, load_api_config

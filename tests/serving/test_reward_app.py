@@ -10,7 +10,8 @@ import pytest
 import ray
 from ray import serve
 
-from detox_ray.config import Calibration, ClassifierConfig, RewardConfig
+from detox_ray.classifier_config import Calibration, ClassifierConfig
+from detox_ray.config import RewardConfig
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards.classifiers import load_classifier
 from detox_ray.serving.reward_app import (

@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 
-from detox_ray.config import ClassifierConfig, RewardConfig
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.config import RewardConfig
 from detox_ray.serving.texts import joined, sentence_spans, texts_to_read, utf16_offsets
 
 pytestmark = pytest.mark.unit

@@ -5,8 +5,8 @@ from urllib.parse import parse_qsl, urlencode
 
 from pydantic import Field, field_validator
 
-from detox_ray.config import Section
 from detox_ray.config_file import parse_section
+from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError
 
 LONGEST_PROMPT_CHARACTERS = 2000

@@ -10,7 +10,8 @@ import pytest
 from ray import serve
 from tiny_classifier import save_tiny_classifier
 
-from detox_ray.config import ClassifierConfig, RewardConfig
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.config import RewardConfig
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.http_api import build_http_app
 

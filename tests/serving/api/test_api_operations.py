@@ -207,7 +207,8 @@ def test_an_update_under_load_fails_no_request(deploy: Callable[..., str]) -> No
 
 
 SERVE = """
-from detox_ray.config import ClassifierConfig, RewardConfig
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.config import RewardConfig
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.serve_api import serve_api
 slow = ClassifierConfig(name="slow", kind="linear", model="faulty:slow", output="probability")
