@@ -91,6 +91,21 @@ def build_web_app(
     async def docs(request: Request) -> Response:
         return HTMLResponse(docs_page(web.openapi(), config.http.public_url or str(request.base_url)))
 
+    _add_error_handlers(web, metrics)
+    web.add_middleware(RequestGate, limits=config.limits, keys=ApiKeys(key_digests, config.keys), metrics=metrics)
+    if config.http.cors_origins:
+        web.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.http.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key"],
+        )
+    return web
+
+
+def _add_error_handlers(web: FastAPI, metrics: ApiMetrics) -> None:
+    """Every error as JSON, in the format of the API that was called."""
+
     def refusal(request: Request, error: ApiError) -> JSONResponse:
         api = api_of(request.url.path.removeprefix(request.scope.get("root_path", "")))
         metrics.refused.labels(api, error.code).inc()
@@ -113,16 +128,6 @@ def build_web_app(
             405: ("method_not_allowed", "this path takes another method; /docs lists them"),
         }.get(error.status_code, ("refused", "the request was refused"))
         return refusal(request, ApiError(error.status_code, code, message))
-
-    web.add_middleware(RequestGate, limits=config.limits, keys=ApiKeys(key_digests, config.keys), metrics=metrics)
-    if config.http.cors_origins:
-        web.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.http.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key"],
-        )
-    return web
 
 
 def build_http_app(config: ApiConfig) -> serve.Application:
