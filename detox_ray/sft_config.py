@@ -5,9 +5,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from detox_ray.config import DialogueFormat, LearnerConfig, OptimizerConfig, PolicyConfig, RunSettings, Template
+from detox_ray.config import DialogueFormat, LearnerConfig, PolicyConfig, RunSettings, Template
 from detox_ray.config_file import Overrides, parse_section, read_tree
 from detox_ray.config_section import Section, absolute_path
+from detox_ray.ppo_config import OptimizerConfig
 
 
 class ExampleConfig(Section):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detox_ray.config import KLConfig
+from detox_ray.ppo_config import KLConfig
 
 
 def k1(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:

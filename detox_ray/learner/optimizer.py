@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from detox_ray.config import OptimizerConfig
+from detox_ray.ppo_config import OptimizerConfig
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

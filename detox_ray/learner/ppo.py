@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detox_ray.config import PPOConfig
 from detox_ray.errors import DetoxError, SyncError
 from detox_ray.learner.advantages import gae, grpo, rloo, standardise, token_rewards
 from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
@@ -17,6 +16,7 @@ from detox_ray.learner.losses import explained_variance, importance_weights, mom
 from detox_ray.learner.optimizer import make_optimizer, rate_factor
 from detox_ray.policy.policy import Policy, TokenValues
 from detox_ray.policy.sequences import Sequences, collate
+from detox_ray.ppo_config import PPOConfig
 from detox_ray.records import Rollout
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detox_ray.config import OptimizerConfig
 from detox_ray.errors import DetoxError
 from detox_ray.learner.distributed import sum_gradients, sum_over_learners, world
 from detox_ray.learner.optimizer import make_optimizer, rate_factor
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
+from detox_ray.ppo_config import OptimizerConfig
 from detox_ray.records import TokenizedExample
 from detox_ray.schedule import Schedule
 

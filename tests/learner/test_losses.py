@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from detox_ray.config import KLConfig
 from detox_ray.learner.kl import KLController, k1
 from detox_ray.learner.losses import explained_variance, importance_weights, moments, policy_loss, value_loss
+from detox_ray.ppo_config import KLConfig
 
 pytestmark = pytest.mark.unit
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from detox_ray.config import KLConfig, PolicyConfig, PPOConfig
+from detox_ray.config import PolicyConfig
 from detox_ray.errors import SyncError
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
+from detox_ray.ppo_config import KLConfig, PPOConfig
 from detox_ray.records import Rollout
 
 pytestmark = pytest.mark.unit

@@ -8,10 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from detox_ray.config import LoraConfig, OptimizerConfig, PolicyConfig
+from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, pieces_by_length
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy
+from detox_ray.ppo_config import OptimizerConfig
 from detox_ray.records import TokenizedExample
 
 pytestmark = pytest.mark.unit

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from detox_ray.config import KLConfig, OptimizerConfig, PolicyConfig, PPOConfig
+from detox_ray.config import PolicyConfig
 from detox_ray.learner.distributed import on_first_learner
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.learner.sft import SFT, share_of
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
+from detox_ray.ppo_config import KLConfig, OptimizerConfig, PPOConfig
 from detox_ray.records import Rollout, TokenizedExample
 
 pytestmark = pytest.mark.unit

@@ -8,11 +8,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from detox_ray.config import LoraConfig, PolicyConfig, PPOConfig
+from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.policy.adapter import load_adapter, save_adapter
 from detox_ray.policy.policy import Policy, canary_of
 from detox_ray.policy.sequences import collate
+from detox_ray.ppo_config import PPOConfig
 from detox_ray.records import Rollout
 
 pytestmark = pytest.mark.unit
