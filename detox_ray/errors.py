@@ -21,5 +21,9 @@ class RewardError(DetoxError):
     """A classifier failed or returned something that is not a score."""
 
 
+class DivergenceError(DetoxError):
+    """Training left the road: a loss that is no number, a policy far from the reference, responses all alike."""
+
+
 class SyncError(DetoxError):
     """A rollout worker does not compute what the learner computes."""

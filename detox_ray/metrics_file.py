@@ -7,6 +7,7 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"  # by the judge, while it trains
+REJECTED_FILE = "rejected_steps.jsonl"  # why steps were rejected and what was done
 FAILURE_FILE = "failure.json"
 FINE_TUNING_FILE = "fine_tuning.json"  # what became of a fine-tuning, once it is complete
 ADAPTER_FOLDER = "adapter"

@@ -103,6 +103,8 @@ def step_line(line: dict[str, Any], total_steps: int) -> str:
     parts.append(f"length {line['response_length']:4.1f}")
     parts.append(f"{line['tokens_per_s']:5.0f} tokens/s")
     times = [f"{name} {line[f'time_{name}_s']:.1f}" for name in ("rollout", "reward", "learn", "push")]
+    if line.get("rejected"):
+        parts.append("[yellow]after a roll-back[/yellow]")
     return "      " + "  ".join(parts) + "  [dim]" + " ".join(times) + " s[/dim]"
 
 

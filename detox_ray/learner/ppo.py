@@ -1,5 +1,6 @@
 """One PPO step: score the rollouts, estimate advantages, run epochs of minibatches. Schulman et al. 2017."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detox_ray.errors import DetoxError, SyncError
+from detox_ray.errors import DivergenceError, SyncError
 from detox_ray.learner.advantages import gae, grpo, rloo, standardise, token_rewards
 from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
 from detox_ray.learner.kl import KLController, k1
@@ -63,6 +64,7 @@ class PPO:
         self.policy = policy
         self.config = config
         self.kl_controller = KLController(config.kl, config.kl.coefficient)
+        self.rate_scale = 1.0  # of the learning rates, below 1 after a roll-back
         self.optimizer = make_optimizer(
             [
                 {"params": policy.adapter_parameters(), "lr": config.learning_rate},
@@ -92,11 +94,13 @@ class PPO:
 
         Raises:
             SyncError: the mean log-probability gap of an on-policy batch is above the bound.
+            DivergenceError: a bound of `ppo.divergence` is passed; the weights may have changed.
         """
         torch.manual_seed(self._seed * 1_000_003 + step * 1_009 + world()[0])
         self._set_learning_rate(step)
         experience, metrics = self._score(rollouts, rewards, on_policy)
         metrics |= self._train(experience)
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.kl_controller.update(metrics["kl"], responses=len(rollouts) * world()[1])
         return metrics
 
@@ -125,6 +129,12 @@ class PPO:
             )
         importance = importance_weights(current.logprobs, behaviour, mask, config.importance_cap)
         kl = k1(current.logprobs, reference.logprobs, mask)
+        kl_per_token = float(sum_over_learners(kl.sum())[0] / token_count)
+        if not kl_per_token <= config.divergence.max_kl_per_token:
+            raise DivergenceError(
+                f"the policy is {kl_per_token:.3g} nats a token from the reference "
+                f"(ppo.divergence.max_kl_per_token={config.divergence.max_kl_per_token:g})"
+            )
         reward = torch.from_numpy(rewards).float().to(self._device)
         advantages, returns = self._advantages(reward, kl, current.values, mask)
         if config.whiten_advantages:
@@ -180,16 +190,25 @@ class PPO:
                 sums += self._backward(experience.rows(piece), tokens)
             sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise DetoxError(f"the gradient is {float(norm)}; lower ppo.learning_rate, or look at the rewards")
-            self.optimizer.step()
-
             means = torch.stack(sum_over_learners(*sums)) / tokens.cpu()
+            self._refuse_explosion(float(means[0]), float(means[1]), float(norm))
+            self.optimizer.step()
             approx_kl = float(means[3])
             for name, value in zip(totals, [*means[:3], norm], strict=True):
                 totals[name] += float(value)
             steps += 1
         return {name: total / steps for name, total in totals.items()} | {"approx_kl": approx_kl, "updates": steps}
+
+    def _refuse_explosion(self, policy_loss: float, value_loss: float, norm: float) -> None:
+        """Raises:
+        DivergenceError: the gradient is no number, or a loss none or above `ppo.divergence.max_loss`.
+        """
+        bound = self.config.divergence.max_loss
+        if not (math.isfinite(norm) and abs(policy_loss) <= bound and value_loss <= bound):
+            raise DivergenceError(
+                f"policy loss {policy_loss:.3g}, value loss {value_loss:.3g}, gradient norm {norm:.3g} "
+                f"(ppo.divergence.max_loss={bound:g})"
+            )
 
     def _backward(self, piece: Experience, tokens: Tensor) -> Tensor:
         """Add a piece's gradients; sums over its tokens of policy loss, value loss, clipped ratios, approximate KL."""
@@ -237,18 +256,19 @@ class PPO:
 
     def _set_learning_rate(self, step: int) -> None:
         config = self.config
-        factor = rate_factor(config, step, self._total_steps)
+        factor = rate_factor(config, step, self._total_steps) * self.rate_scale
         for group, rate in zip(
             self.optimizer.param_groups, (config.learning_rate, config.value_learning_rate), strict=True
         ):
             group["lr"] = rate * factor
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the adapter: value head, optimiser, KL coefficient."""
+        """What a checkpoint holds besides the adapter: value head, optimiser, KL coefficient, scale of the rates."""
         return {
             "value_head": self.policy.value_head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "kl_coefficient": self.kl_controller.coefficient,
+            "rate_scale": self.rate_scale,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -256,3 +276,4 @@ class PPO:
         self.policy.value_head.load_state_dict(state["value_head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_controller.coefficient = state["kl_coefficient"]
+        self.rate_scale = state["rate_scale"]

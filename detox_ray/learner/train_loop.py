@@ -12,13 +12,16 @@ import torch
 from ray.train.torch import get_device
 
 from detox_ray.config import Config
+from detox_ray.errors import DivergenceError
 from detox_ray.learner.checkpoints import failures_left_in, resume, save_checkpoint
 from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.recovery import Recovery, refuse_collapsed, refuse_not_finite
 from detox_ray.metrics_file import (
     ADAPTER_FOLDER,
     EVALUATIONS_FILE,
     METRICS_FILE,
+    REJECTED_FILE,
     STEPS_FILE,
     append_metrics,
     cut_metrics,
@@ -53,6 +56,8 @@ class Stream(Protocol):
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int: ...
 
+    def discard(self) -> None: ...
+
     def evaluate(self, step: int, reward: float) -> None: ...
 
     def evaluations(self, wait: bool = False) -> list[dict[str, float]]: ...
@@ -85,42 +90,91 @@ def _train(task: LearnerTask) -> None:
     first_step = resume(ppo)
     last_step = config.train.total_steps - 1
     on_first_learner(stream.connect)
-    on_first_learner(lambda: stream.publish(policy.adapter, policy.canary(task.canary_length)))
+    publish(task, policy)
+    recovery = Recovery(ppo, run_dir, first_step)
     if world()[0] == 0:
         cut_metrics(run_dir / METRICS_FILE, first_step)
         cut_metrics(run_dir / EVALUATIONS_FILE, first_step)
+        cut_metrics(run_dir / REJECTED_FILE, first_step)
 
     for step in range(first_step, config.train.total_steps):
-        started = time.perf_counter()
-        batch = on_first_learner(partial(stream.next_batch, step, last_step))
-        rollouts, rewards = _share(batch)
-        received = time.perf_counter()
-        metrics = ppo.update(rollouts, rewards, step, on_policy=batch.staleness == 0)
-        learned = time.perf_counter()
-        version = on_first_learner(lambda: stream.publish(policy.adapter, policy.canary(task.canary_length)))
-        finished = time.perf_counter()
-
-        tokens = sum(len(r.response_ids) for r in batch.rollouts)
-        line = {"step": step, **batch.metrics, **metrics, "staleness": batch.staleness, "adapter_version": version}
-        line |= {
-            "time_learn_s": learned - received,
-            "time_push_s": finished - learned,
-            "time_step_s": finished - started,
-        }
-        line |= {
-            "tokens_per_s": tokens / (finished - started),
-            "samples_per_s": len(batch.rollouts) / (finished - started),
-        }
+        line = healthy_step(task, ppo, recovery, step)
         if world()[0] == 0:
             append_metrics(run_dir / METRICS_FILE, line)
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
-                stream.evaluate(step, batch.metrics["reward"])
+                stream.evaluate(step, line["reward"])
             for evaluation in stream.evaluations(wait=step == last_step):
                 append_metrics(run_dir / EVALUATIONS_FILE, evaluation)
         if step == last_step or (step + 1) % config.train.checkpoint_every == 0:
             if world()[0] == 0:
                 save_adapter(policy.adapter(version=step), run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(step + 1)})
             save_checkpoint(ppo, step, line)
+
+
+def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> dict[str, float]:
+    """One step, again from the last good adapter if it had to be rejected; its line for the metrics file.
+
+    Raises:
+        DivergenceError: it had to be rejected again.
+    """
+    recovery.begin_step(step)
+    rejected = 0
+    while True:
+        try:
+            line = one_step(task, ppo, step)
+        except DivergenceError as problem:
+            recovery.roll_back(step, problem)
+            on_first_learner(task.stream.discard)
+            publish(task, ppo.policy)
+            rejected += 1
+        else:
+            recovery.step_is_good()
+            return {"step": step, **line, "rejected": rejected}
+
+
+def one_step(task: LearnerTask, ppo: PPO, step: int) -> dict[str, float]:
+    """A batch in, an adapter out; what there is to say of both.
+
+    Raises:
+        DivergenceError: the batch, the update or the adapter is not good; nothing was published.
+    """
+    config, stream = task.config, task.stream
+    started = time.perf_counter()
+    batch = on_first_learner(partial(stream.next_batch, step, config.train.total_steps - 1))
+    refuse_collapsed(batch.rollouts, config.ppo.divergence)
+    rollouts, rewards = _share(batch)
+    received = time.perf_counter()
+    metrics = ppo.update(rollouts, rewards, step, on_policy=batch.staleness == 0)
+    learned = time.perf_counter()
+    version = publish(task, ppo.policy)
+    finished = time.perf_counter()
+    seconds = finished - started
+    return {
+        **batch.metrics,
+        **metrics,
+        "staleness": batch.staleness,
+        "adapter_version": version,
+        "time_learn_s": learned - received,
+        "time_push_s": finished - learned,
+        "time_step_s": seconds,
+        "tokens_per_s": sum(len(r.response_ids) for r in batch.rollouts) / seconds,
+        "samples_per_s": len(batch.rollouts) / seconds,
+    }
+
+
+def publish(task: LearnerTask, policy: Policy) -> int:
+    """Send the adapter to every rollout worker; its version.
+
+    Raises:
+        DivergenceError: what the policy says is no number.
+    """
+
+    def from_first_learner() -> int:
+        canary = policy.canary(task.canary_length)
+        refuse_not_finite(canary)
+        return task.stream.publish(policy.adapter, canary)
+
+    return on_first_learner(from_first_learner)
 
 
 def _share(batch: ScoredBatch) -> tuple[Sequence[Rollout], np.ndarray]:

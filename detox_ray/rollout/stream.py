@@ -99,6 +99,10 @@ class RolloutStream:
                 )
         return self._collect(self._in_flight.pop(step))
 
+    def discard(self) -> None:
+        """Forget the batches under way; their steps are sampled anew by the adapter published next."""
+        self._in_flight.clear()
+
     def evaluate(self, step: int, reward: float) -> None:
         """Begin an evaluation of the adapter that is served now, if the run wants any."""
         if self.evaluation is not None:

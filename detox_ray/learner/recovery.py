@@ -1,0 +1,100 @@
+"""Back to the last good adapter when a step must be rejected."""
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detox_ray.errors import DivergenceError
+from detox_ray.learner.distributed import world
+from detox_ray.learner.ppo import PPO
+from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, STEPS_FILE, append_metrics
+from detox_ray.policy.adapter import Adapter, save_adapter
+from detox_ray.policy.policy import Canary
+from detox_ray.ppo_config import DivergenceConfig
+from detox_ray.records import Rollout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """A copy of all that training changes, at the start of a step."""
+
+    step: int
+    adapter: Adapter
+    state: dict[str, Any]
+
+
+class Recovery:
+    """The state a learner can go back to: once in a run, then with lower learning rates.
+
+    The last good state is the one that sampled the last batch which was trained on without complaint. What sampled a
+    bad batch, or was made of it, is given up.
+    """
+
+    def __init__(self, ppo: PPO, run_dir: Path, first_step: int) -> None:
+        self._ppo = ppo
+        self._run_dir = run_dir
+        self._before_step = self._good = self._snapshot(first_step)
+
+    def begin_step(self, step: int) -> None:
+        """Remember the state at the start of a step."""
+        self._before_step = self._snapshot(step)
+
+    def step_is_good(self) -> None:
+        """The step was trained on without complaint, so what it began with was good."""
+        self._good = self._before_step
+
+    def roll_back(self, step: int, problem: DivergenceError) -> None:
+        """Restore the last good state and lower the learning rates; leaves a line in `rejected_steps.jsonl`.
+
+        Raises:
+            DivergenceError: the run was rolled back before; the last good adapter is what it leaves.
+        """
+        ppo, factor = self._ppo, self._ppo.config.divergence.rate_factor
+        first = ppo.rate_scale == 1.0
+        good = self._good
+        ppo.policy.load(good.adapter)
+        ppo.load_state(copy.deepcopy(good.state))
+        ppo.rate_scale = factor
+        logger.warning("step %d is rejected: %s", step, problem)
+        if world()[0] == 0:
+            line = {"step": step, "reason": str(problem), "rate_scale": ppo.rate_scale, "stopped": not first}
+            append_metrics(self._run_dir / REJECTED_FILE, line)
+            if not first:
+                save_adapter(good.adapter, self._run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(good.step)})
+        if not first:
+            raise DivergenceError(
+                f"step {step + 1}: {problem}, after a roll-back with learning rates x {factor:g}; lower "
+                f"ppo.learning_rate or raise ppo.kl.coefficient and start a new run; {self._run_dir / ADAPTER_FOLDER} "
+                f"holds the last good adapter, of {good.step} steps, and {REJECTED_FILE} the evidence"
+            ) from None
+
+    def _snapshot(self, step: int) -> LearnerState:
+        return LearnerState(step, self._ppo.policy.adapter(version=step), copy.deepcopy(self._ppo.state()))
+
+
+def refuse_collapsed(rollouts: Sequence[Rollout], limits: DivergenceConfig) -> None:
+    """Raises:
+    DivergenceError: nearly all responses of a batch are one and the same text.
+    """
+    text, count = Counter(r.text.strip() for r in rollouts).most_common(1)[0]
+    if count > 1 and count / len(rollouts) >= limits.max_identical:
+        what = "empty" if not text else "one and the same text"
+        raise DivergenceError(
+            f"{count} of {len(rollouts)} responses are {what} (ppo.divergence.max_identical={limits.max_identical:g})"
+        )
+
+
+def refuse_not_finite(canary: Canary) -> None:
+    """Raises:
+    DivergenceError: the policy gives log-probabilities that are no numbers.
+    """
+    if not np.isfinite(canary.logprobs).all():
+        raise DivergenceError("the adapter makes log-probabilities that are no numbers")
