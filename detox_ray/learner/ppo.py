@@ -141,11 +141,12 @@ class PPO:
             sums = sum_over_learners(tokens, advantages[mask].sum(), (advantages[mask] ** 2).sum())
             advantages = standardise(advantages, mask, *(s.float().to(self._device) for s in sums))
 
-        responses, kl_sum, entropy_sum, weight_sum, capped = sum_over_learners(
+        responses, kl_sum, entropy_sum, weight_sum, weight_square_sum, capped = sum_over_learners(
             len(rollouts),
             kl.sum(),
             current.entropy.sum(),
             importance.sum(),
+            (importance**2).sum(),
             (importance >= config.importance_cap).sum(),
         )
         metrics: dict[str, Any] = {
@@ -155,6 +156,7 @@ class PPO:
             "logprob_gap_mean": gap_sum / token_count,
             "logprob_gap_max": max_over_learners(gap.max()),
             "importance_mean": weight_sum / token_count,
+            "importance_ess": weight_sum**2 / (weight_square_sum * token_count),
             "importance_capped": capped / token_count,
             "response_length": token_count / responses,
             "explained_variance": explained_variance(*sum_over_learners(*moments(current.values, returns, mask))),

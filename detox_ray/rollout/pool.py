@@ -1,6 +1,7 @@
 """The rollout workers as one: responses from all, verified pushes to all, and dead ones brought back."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # a call that takes its worker down this often is not asked again
 POLL_S = 0.5
+# A call asks for at most this many times what an engine advances together: what one call has sampled is scored while
+# the next is sampled, a lost worker costs less, and the engine is hardly ever short of sequences.
+ROUNDS_A_CALL = 4
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,24 @@ class Push:
 
 @dataclass
 class Part:
-    """One worker's share of a call, as asked for: enough to ask again."""
+    """What one worker was asked for in one call: enough to ask again.
+
+    `restarts`: how often the worker had been restarted when it was asked.
+    """
 
     worker: int
     prompts: Sequence[Prompt]
     samples: int
     sampling: Sampling
-    reference: Any
+    reference: Any = None
+    restarts: int = 0
 
 
 class WorkerPool:
-    """N worker actors that serve one adapter version. Picklable; its copies share the actors."""
+    """N worker actors that serve one adapter version. Picklable; its copies share the actors.
+
+    Threads may wait for parts while another publishes.
+    """
 
     def __init__(self, workers: list[Any], config: RolloutConfig, canary_tolerance: float) -> None:
         """`canary_tolerance`: largest difference between a worker's answer and the learner's, in nats."""
@@ -56,14 +67,24 @@ class WorkerPool:
         self._config = config
         self._tolerance = canary_tolerance
         self._push: Push | None = None
+        self._restarts = [0] * len(workers)
+        self._mending = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_push": None}
+        return {**self.__dict__, "_push": None, "_mending": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _mending=threading.RLock())
 
     @property
     def size(self) -> int:
         """Number of workers."""
         return len(self._workers)
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker was lost and brought back, since the learner started."""
+        return sum(self._restarts)
 
     def connect(self) -> None:
         """Wait until every engine has started, and learn which version they serve; the next push continues from there.
@@ -79,28 +100,30 @@ class WorkerPool:
         Raises:
             SyncError: a worker acknowledges something else, or answers the canary unlike the learner.
         """
-        adapter = make_adapter(self.version + 1)
-        previous = self._push.canary if self._push else None
-        self._push = Push(ray.put(adapter), adapter.version, adapter.digest, canary, previous)
-        answers = [self._submit_push(index) for index in range(self.size)]
-        for index, answer in enumerate(answers):
-            try:
-                self._verify(index, ray.get(answer, timeout=self._config.timeout_s))
-            except (RayActorError, GetTimeoutError) as error:
-                self._restore(index, error)
-            except RayTaskError as error:
-                raise _own_error(error) from None
-        self.version = adapter.version
-        return adapter.version
+        with self._mending:
+            adapter = make_adapter(self.version + 1)
+            previous = self._push.canary if self._push else None
+            self._push = Push(ray.put(adapter), adapter.version, adapter.digest, canary, previous)
+            answers = [self._submit_push(index) for index in range(self.size)]
+            for index, answer in enumerate(answers):
+                try:
+                    self._verify(index, ray.get(answer, timeout=self._config.timeout_s))
+                except (RayActorError, GetTimeoutError) as error:
+                    self._restore(index, error, self._restarts[index])
+                except RayTaskError as error:
+                    raise _own_error(error) from None
+            self.version = adapter.version
+            return adapter.version
 
     def submit(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Part]:
-        """Start `samples` responses to each prompt: even, contiguous shares, each with a seed of its own."""
+        """Start `samples` responses to each prompt: even, contiguous shares, in calls that each have a seed."""
         edges = np.linspace(0, len(prompts), self.size + 1).astype(int)
-        parts = []
-        for index, (start, end) in enumerate(pairwise(edges)):
-            if end > start:
-                own = replace(sampling, seed=(sampling.seed * 31 + index) % 2**31)
-                parts.append(self._ask(Part(index, prompts[start:end], samples, own, None)))
+        size = max(1, ROUNDS_A_CALL * self._config.max_num_seqs // samples)
+        parts: list[Part] = []
+        for worker, (start, end) in enumerate(pairwise(edges)):
+            for first in range(start, end, size):
+                own = replace(sampling, seed=(sampling.seed * 31 + len(parts)) % 2**31)
+                parts.append(self._ask(Part(worker, prompts[first : min(first + size, end)], samples, own)))
         return parts
 
     def result(self, part: Part) -> list[Rollout]:
@@ -113,7 +136,7 @@ class WorkerPool:
             try:
                 return ray.get(part.reference, timeout=self._config.timeout_s)
             except (RayActorError, GetTimeoutError) as error:
-                self._restore(part.worker, error)
+                self._restore(part.worker, error, part.restarts)
                 self._ask(part)
             except RayTaskError as error:
                 raise _own_error(error) from None
@@ -127,12 +150,22 @@ class WorkerPool:
         return [rollout for part in self.submit(prompts, samples, sampling) for rollout in self.result(part)]
 
     def _ask(self, part: Part) -> Part:
+        part.restarts = self._restarts[part.worker]
         part.reference = self._workers[part.worker].generate.remote(part.prompts, part.samples, part.sampling)
         return part
 
-    def _restore(self, index: int, cause: Exception) -> None:
-        """Wait for Ray to restart a worker's engine and push it the current adapter; a hung one is killed first."""
-        logger.warning("rollout worker %d is lost (%s); waiting for it to restart", index, type(cause).__name__)
+    def _restore(self, index: int, cause: Exception, restarts: int) -> None:
+        """Wait for Ray to restart a worker's engine and push it the current adapter; a hung one is killed first.
+
+        `restarts` is the worker's number of restarts when it was asked: another thread may have seen to it since.
+        """
+        with self._mending:
+            if self._restarts[index] == restarts:
+                self._restarts[index] += 1
+                logger.warning("rollout worker %d is lost (%s); waiting for it to restart", index, type(cause).__name__)
+                self._bring_back(index, cause)
+
+    def _bring_back(self, index: int, cause: Exception) -> None:
         if isinstance(cause, GetTimeoutError):
             ray.kill(self._workers[index], no_restart=False)
         for _ in range(ATTEMPTS):

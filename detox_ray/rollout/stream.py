@@ -1,7 +1,11 @@
-"""The stream of scored rollouts: keeps batches in flight on the workers and scores each part as soon as it is there."""
+"""The stream of scored rollouts: keeps batches in flight, and scores each part as soon as it is there.
+
+A batch under way is gathered by a thread of its own, so that it is sampled and scored while the learner learns.
+"""
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,14 +54,24 @@ class Evaluation(Protocol):
 class Batch:
     """Scored rollouts of one step, the samples of a prompt next to each other.
 
-    `rewards: [B] float32`; `staleness` in adapter versions; `metrics` holds what the scorer says of the batch and the
-    seconds waited: `time_rollout_s`, `time_reward_s`.
+    `rewards: [B] float32`; `staleness` in adapter versions; `metrics` holds what the scorer says of the batch, the
+    seconds the learner waited (`time_rollout_s`, then `time_reward_s`) and `worker_restarts`.
     """
 
     rollouts: list[Rollout]
     rewards: np.ndarray
     staleness: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What became of a step's prompts; `sampled` is when the last response was there, on the performance counter."""
+
+    rollouts: list[Rollout]
+    rewards: np.ndarray
+    metrics: dict[str, float]
+    sampled: float
 
 
 @dataclass
@@ -73,7 +87,11 @@ class RolloutStream:
     config: RolloutConfig
     seed: int
     evaluation: Evaluation | None = None
-    _in_flight: dict[int, list[Part]] = field(default_factory=dict)
+    _in_flight: dict[int, Future[Gathered]] = field(default_factory=dict)
+    _executor: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_in_flight": {}, "_executor": None}
 
     def connect(self) -> None:
         """See `WorkerPool.connect`."""
@@ -94,10 +112,18 @@ class RolloutStream:
         for ahead in range(step, min(step + self.config.max_staleness, last_step) + 1):
             if ahead not in self._in_flight:
                 prompts = self.prompts_for_step(ahead)
-                self._in_flight[ahead] = self.pool.submit(
-                    prompts, self.config.samples_per_prompt, self._sampling(ahead)
-                )
-        return self._collect(self._in_flight.pop(step))
+                parts = self.pool.submit(prompts, self.config.samples_per_prompt, self._sampling(ahead))
+                self._in_flight[ahead] = self._threads().submit(self._gather, parts)
+        asked = time.perf_counter()
+        gathered = self._in_flight.pop(step).result()
+        staleness = self._checked_staleness(gathered.rollouts)
+        metrics = {
+            **gathered.metrics,
+            "time_rollout_s": max(0.0, gathered.sampled - asked),
+            "time_reward_s": time.perf_counter() - max(asked, gathered.sampled),
+            "worker_restarts": float(self.pool.restarts),
+        }
+        return Batch(gathered.rollouts, gathered.rewards, staleness, metrics)
 
     def discard(self) -> None:
         """Forget the batches under way; their steps are sampled anew by the adapter published next."""
@@ -112,12 +138,16 @@ class RolloutStream:
         """The evaluations finished since the last call, a dict each; with `wait`, all that were begun."""
         return self.evaluation.finished(wait) if self.evaluation is not None else []
 
+    def _threads(self) -> ThreadPoolExecutor:
+        """One for each batch that may be under way."""
+        self._executor = self._executor or ThreadPoolExecutor(self.config.max_staleness + 1, "rollouts")
+        return self._executor
+
     def _sampling(self, step: int) -> Sampling:
         return sampling_of(self.config, seed=(self.seed * 1_000_003 + step) % 2**31)
 
-    def _collect(self, parts: list[Part]) -> Batch:
+    def _gather(self, parts: list[Part]) -> Gathered:
         """Wait for the parts in the order they finish, and have each scored while the others go on."""
-        start = time.perf_counter()
         waiting = {part.reference: position for position, part in enumerate(parts)}
         finished: dict[int, tuple[list[Rollout], Any]] = {}
         while waiting:
@@ -131,10 +161,8 @@ class RolloutStream:
         ordered = [finished[position] for position in range(len(parts))]
         rollouts = [rollout for part, _ in ordered for rollout in part]
         scores = [score for _, future in ordered for score in self.scorer.result(future)]
-        staleness = self._checked_staleness(rollouts)
         rewards, metrics = self.scorer.reward(rollouts, scores)
-        metrics |= {"time_rollout_s": sampled - start, "time_reward_s": time.perf_counter() - sampled}
-        return Batch(rollouts, rewards, staleness, metrics)
+        return Gathered(rollouts, rewards, metrics, sampled)
 
     def _checked_staleness(self, rollouts: Sequence[Rollout]) -> int:
         versions = {r.adapter_version for r in rollouts}

@@ -130,6 +130,20 @@ def test_metrics_equal_direct_computation(tiny_model: str) -> None:
     assert metrics["response_length"] == pytest.approx(tokens / 8)
 
 
+def test_effective_sample_size_and_capped_share_equal_direct_computation(tiny_model: str) -> None:
+    ppo = learner(tiny_model, importance_cap=1.5)
+    rollouts = rollouts_of(ppo)
+    rng = np.random.default_rng(7)
+    weights = []
+    for rollout in rollouts:
+        shift = rng.normal(0, 0.5, len(rollout.logprobs)).astype(np.float32)
+        rollout.logprobs[:] -= shift
+        weights += np.minimum(np.exp(shift), 1.5).tolist()
+    metrics = ppo.update(rollouts, rewards_of(), 0, on_policy=False)
+    assert metrics["importance_ess"] == pytest.approx(np.sum(weights) ** 2 / np.sum(np.square(weights)) / len(weights))
+    assert metrics["importance_capped"] == pytest.approx(np.mean(np.array(weights) >= 1.5))
+
+
 def test_updates_stop_beyond_target_kl(tiny_model: str) -> None:
     ppo = learner(tiny_model, target_kl=1e-6, epochs=4, learning_rate=1e-2)
     assert ppo.update(rollouts_of(ppo), rewards_of(), 0, on_policy=True)["updates"] < 8

@@ -62,7 +62,10 @@ def make_stream(model: str, config: RolloutConfig) -> Any:
     workers = start_workers(spec, config)
     pool = WorkerPool(workers, config, canary_tolerance=1e-3)
     pool.connect()
-    yield RolloutStream(pool, Schedule(PROMPTS, 5, 0), LengthScorer(), config, seed=0)
+    stream = RolloutStream(pool, Schedule(PROMPTS, 5, 0), LengthScorer(), config, seed=0)
+    yield stream
+    for batch in stream._in_flight.values():
+        batch.result()
     stop_workers(workers)
 
 
@@ -96,6 +99,50 @@ def test_a_stale_batch_says_so_and_is_never_older_than_allowed(stale_stream: Rol
         ages.append(stale_stream.next_batch(step, last_step=3).staleness)
         publish(stale_stream, policy, 0.01)
     assert ages == [0, 1, 1, 1]
+
+
+def test_a_large_share_is_asked_for_in_several_calls(stream: RolloutStream, policy: Policy) -> None:
+    publish(stream, policy)
+    stream.pool._config = stream.config.model_copy(update={"max_num_seqs": 1})
+    parts = stream.pool.submit(PROMPTS, 2, Sampling(6, seed=3))
+    assert [len(part.prompts) for part in parts] == [2] * 8
+    assert [part.worker for part in parts] == [0] * 4 + [1] * 4
+    assert len({part.sampling.seed for part in parts}) == 8
+    answered = [r.prompt_id for part in parts for r in stream.pool.result(part)]
+    assert answered == [p.id for p in PROMPTS for _ in range(2)]
+
+
+def test_a_batch_ahead_is_sampled_and_scored_while_the_learner_learns(
+    stale_stream: RolloutStream, policy: Policy
+) -> None:
+    publish(stale_stream, policy)
+    stale_stream.next_batch(0, last_step=3)
+    ahead = stale_stream._in_flight[1]
+    assert ahead.result(timeout=60).rewards.shape == (10,)
+    waited = stale_stream.next_batch(1, last_step=3).metrics
+    assert waited["time_rollout_s"] == 0
+    assert waited["time_reward_s"] < 0.1
+
+
+def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(stale_stream: RolloutStream, policy: Policy) -> None:
+    publish(stale_stream, policy)
+    stale_stream.next_batch(0, last_step=1)
+    os.kill(ray.get(stale_stream.pool._workers[0].process_id.remote()), signal.SIGKILL)
+    assert publish(stale_stream, policy, 0.01) == 1
+    batch = stale_stream.next_batch(1, last_step=1)
+    assert [r.prompt_id for r in batch.rollouts] == [p.id for p in stale_stream.prompts_for_step(1) for _ in range(2)]
+    # Whoever notices first, publisher or gatherer, brings the worker back; the other finds it there.
+    assert batch.metrics["worker_restarts"] <= 1
+
+
+def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy: Policy) -> None:
+    publish(stale_stream, policy)
+    stale_stream.next_batch(0, last_step=9)
+    stale_stream.discard()
+    publish(stale_stream, policy, 0.01)
+    batch = stale_stream.next_batch(1, last_step=9)
+    assert {r.adapter_version for r in batch.rollouts} == {1}
+    assert batch.staleness == 0
 
 
 def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy: Policy) -> None:
