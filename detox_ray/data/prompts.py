@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from detox_ray.config import DataConfig
 from detox_ray.data.examples import read_examples
 from detox_ray.data.sources import read_records
-from detox_ray.data.templates import DialogueTemplate, start_ids
+from detox_ray.data.templates import DialogueTemplate, frame_length, start_ids, stop_ids
 from detox_ray.errors import DataError
 from detox_ray.records import Prompt
 
@@ -114,7 +114,7 @@ def _text_prompts(
         else:
             kept.append((text, meta))
     found = []
-    start = start_ids(tokenizer)
+    start, stop = start_ids(tokenizer), stop_ids(tokenizer)
     encoded = (
         tokenizer([text for text, _ in kept], add_special_tokens=False, verbose=False)["input_ids"] if kept else []
     )
@@ -128,7 +128,7 @@ def _text_prompts(
                 continue
             ids = ids[: config.max_tokens]
             text = str(tokenizer.decode(ids))
-        found.append(_Found(_prompt(text, (*start, *ids), meta), normalized(text)))
+        found.append(_Found(_prompt(text, (*start, *ids, *stop), meta), normalized(text)))
     return found, len(records)
 
 
@@ -137,17 +137,17 @@ def _templated_prompts(
 ) -> tuple[list[_Found], int]:
     """The prompts that a template writes of texts or dialogues, each of which is a group, and the number of records."""
     template = DialogueTemplate(tokenizer, config.template, config.turn_separator)
-    start = len(start_ids(tokenizer))
+    frame = frame_length(tokenizer)
     found = []
     spoken = _spoken(config, skipped)
     for turns, meta in spoken:
         if reason := _unwanted(turns[-1], meta, config):
             skipped[reason] += 1
             continue
-        fitting = template.fitting_prompt(turns, config.max_tokens + start, trim=config.too_long == "trim")
+        fitting = template.fitting_prompt(turns, config.max_tokens + frame, trim=config.too_long == "trim")
         if fitting is None:
             skipped["too long"] += 1
-        elif len(fitting.token_ids) < config.min_tokens + start:
+        elif len(fitting.token_ids) < config.min_tokens + frame:
             skipped["too short"] += 1
         else:
             found.append(_Found(_prompt(fitting.text, fitting.token_ids, meta), normalized(turns[0])))
