@@ -15,6 +15,7 @@ from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.load import load_model_config, load_tokenizer, write_dequantized_base
 from detox_ray.policy.policy import Policy, canary_of, check_adapter
 from detox_ray.policy.sequences import Sequences, collate
+from detox_ray.policy.systems import Systems
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
@@ -151,6 +152,25 @@ def test_what_the_adapter_trains_is_every_linear_layer_but_the_head(model: str) 
     assert {"q", "k", "v", "o", "wo"} < set(targets)
     assert "lm_head" not in targets
     assert policy_of(model).adapter(0).peft_config["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_systems_that_answer_together_are_each_of_them_alone(tiny_t5: str, tmp_path: Path) -> None:
+    policy = policy_of(tiny_t5)
+    save_adapter(policy.adapter(0), tmp_path / "adapter")
+    base = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval()
+    tuned = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(tiny_t5), tmp_path / "adapter").eval()
+    prompt = [40, 41, 7, 60, 0]
+    systems = Systems(PolicyConfig(model=tiny_t5, quantization="none"), [tmp_path / "adapter"], CPU)
+    answers = list(zip(*systems.answer(prompt, (), 12, seed=3), strict=True))
+    assert [t.token_id for t in answers[0] if t] != [t.token_id for t in answers[1] if t]
+    for answer, own in zip(answers, (base, tuned), strict=True):
+        tokens = [token for token in answer if token is not None]
+        ids = torch.tensor([[token.token_id for token in tokens]])
+        with torch.no_grad():
+            rows = [logits_alone(m, torch.tensor([prompt]), ids).log_softmax(-1) for m in (own, tuned, base)]
+        alone, after, before = (row.gather(1, ids[0, :, None])[:, 0] for row in rows)
+        assert torch.allclose(torch.tensor([token.logprob for token in tokens]), alone, atol=1e-4)
+        assert torch.allclose(torch.tensor([token.shift for token in tokens]), after - before, atol=2e-4)
 
 
 def test_dropout_of_the_base_is_off(tiny_t5: str) -> None:
