@@ -1,7 +1,7 @@
 """The one typed configuration tree of a run."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -28,7 +28,7 @@ def _is_template(value: str) -> str:
 Template = Annotated[str, AfterValidator(_is_template)]
 
 
-class DataConfig(Section):
+class PromptSource(Section):
     """Where prompts come from and which of them are used."""
 
     source: str = Field(
@@ -41,17 +41,34 @@ class DataConfig(Section):
     format: Literal["text", "dialoconan", "multitarget_conan", "dialogsum", "paradetox"] = Field(
         "text", description="text: a prompt a record; others: published dialogues and pairs, without the last answer"
     )
+    attribute: str = Field(
+        "toxicity", description="score the window below looks at (RealToxicityPrompts attribute or column)"
+    )
+    min_score: float | None = Field(None, ge=0, le=1, description="keep prompts with attribute >= this")
+    max_score: float | None = Field(None, ge=0, le=1, description="keep prompts with attribute <= this")
+    limit: int | None = Field(
+        None, ge=1, description="use at most this many prompts (after the filters, seeded choice)"
+    )
+
+    @model_validator(mode="after")
+    def _window_is_not_empty(self) -> "PromptSource":
+        if self.min_score is not None and self.max_score is not None and self.min_score > self.max_score:
+            raise ValueError(f"data.min_score={self.min_score} is above data.max_score={self.max_score}")
+        return self
+
+
+class DataConfig(PromptSource):
+    """Which prompts a run is trained and judged on, how they are written, and which of them are held out."""
+
+    mixed_in: list[PromptSource] = Field(
+        [], description="further sources, written by the same template; each has its own format, filters and limit"
+    )
     template: Template = Field(
         "none",
         description="what is written around prompts: none; chat: the tokenizer's chat template; auto: that, or a plain "
         "one where there is none; or a text with {prompt}",
     )
     turn_separator: str = Field("\n", description="between an answer and the next turn, unless the template is chat")
-    attribute: str = Field(
-        "toxicity", description="score the window below looks at (RealToxicityPrompts attribute or column)"
-    )
-    min_score: float | None = Field(None, ge=0, le=1, description="keep prompts with attribute >= this")
-    max_score: float | None = Field(None, ge=0, le=1, description="keep prompts with attribute <= this")
     min_tokens: int = Field(1, ge=1, description="prompts shorter than this many tokens are dropped")
     max_tokens: int = Field(64, ge=1, description="longest prompt, in tokens, start token not counted")
     too_long: Literal["trim", "drop"] = Field(
@@ -59,22 +76,28 @@ class DataConfig(Section):
         description="cut longer prompts to their first max_tokens (of a dialogue leave out the earliest turns, but cut "
         "nothing that a template is written around), or drop them",
     )
-    limit: int | None = Field(
-        None, ge=1, description="use at most this many prompts (after the filters, seeded choice)"
-    )
     heldout_prompts: int = Field(
-        200, ge=1, description="prompts kept out of training for the evaluation, chosen by text"
+        200, ge=1, description="prompts kept out of training for the evaluation, chosen by text; each source's share"
     )
 
     @model_validator(mode="after")
-    def _windows_are_not_empty(self) -> "DataConfig":
+    def _prompts_can_be_written(self) -> "DataConfig":
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"data.min_tokens={self.min_tokens} is above data.max_tokens={self.max_tokens}")
-        if self.min_score is not None and self.max_score is not None and self.min_score > self.max_score:
-            raise ValueError(f"data.min_score={self.min_score} is above data.max_score={self.max_score}")
-        if self.format == "dialoconan" and self.template == "none":
+        if self.template == "none" and "dialoconan" in {source.format for source in [self, *self.mixed_in]}:
             raise ValueError("data.template=none cannot tell the turns of a dialogue apart: use auto, chat or a text")
         return self
+
+    @property
+    def sources(self) -> list["DataConfig"]:
+        """One configuration a source, alike in everything that they share."""
+        return [self, *(self.model_copy(update={**dict(source), "mixed_in": []}) for source in self.mixed_in)]
+
+
+def make_sources_absolute(data: dict[str, Any]) -> None:
+    """Make the files of a `data` section, as a tree, absolute in place."""
+    for source in (data, *data["mixed_in"]):
+        source["source"] = absolute_path(source["source"])
 
 
 class LoraConfig(Section):
@@ -296,7 +319,7 @@ class Config(RunSettings):
     def with_absolute_paths(self) -> "Config":
         """The same with every model, adapter and prompt path that exists here made absolute, for other processes."""
         tree = self.model_dump()
-        tree["data"]["source"] = absolute_path(tree["data"]["source"])
+        make_sources_absolute(tree["data"])
         for key in ("model", "adapter"):
             tree["policy"][key] = absolute_path(tree["policy"][key])
         for classifier in [*tree["reward"]["classifiers"], tree["evaluation"]["judge"]]:

@@ -8,13 +8,14 @@ import torch
 import yaml
 from peft import PeftModel
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from detox_ray.config import PolicyConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.evaluation.run_files import published_name
 from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE
+from detox_ray.policy.architecture import language_model_class
 from detox_ray.policy.load import compute_dtype, load_model_config, load_tokenizer, write_dequantized_base
 from detox_ray.run_folder import RunFolder
 
@@ -23,8 +24,8 @@ Base = Literal["trained", "original"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 USE = {
-    "merged": 'model = AutoModelForCausalLM.from_pretrained("{name}")',
-    "adapter": 'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")',
+    "merged": 'model = {loader}.from_pretrained("{name}")',
+    "adapter": 'model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"), "{name}")',
 }
 NOT_EVALUATED = "## Toxicity\n\nNot evaluated: nothing is known of how toxic this model is.\n"
 
@@ -70,7 +71,7 @@ def export(
         model.generation_config = _generation_config(policy)
         model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    (output / "README.md").write_text(_card(run, named, form, base), encoding="utf-8")
+    (output / "README.md").write_text(_card(run, named, form, base, load_model_config(policy)), encoding="utf-8")
     return output
 
 
@@ -111,7 +112,8 @@ def merged_model(run: RunFolder, policy: PolicyConfig, base: Base, dtype: Dtype)
         folder = run.dequantized_base(policy)
         source = str(write_dequantized_base(policy, folder, device, compute_dtype(policy, device)))
         revision = None
-    model = AutoModelForCausalLM.from_pretrained(
+    model_config = load_model_config(policy)
+    model = language_model_class(model_config).from_pretrained(
         source, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     try:
@@ -119,7 +121,7 @@ def merged_model(run: RunFolder, policy: PolicyConfig, base: Base, dtype: Dtype)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{run.adapter} does not fit {policy.model}: {reason}") from None
-    published = load_model_config(policy).dtype or torch.float32
+    published = model_config.dtype or torch.float32
     return merged.to(published if dtype == "auto" else getattr(torch, dtype))
 
 
@@ -139,18 +141,18 @@ def _generation_config(policy: PolicyConfig) -> GenerationConfig:
         return GenerationConfig.from_model_config(load_model_config(policy))
 
 
-def _card(run: RunFolder, policy: PolicyConfig, form: Form, base: Base) -> str:
+def _card(run: RunFolder, policy: PolicyConfig, form: Form, base: Base, model_config: Any) -> str:
     """README.md of the export: what hubs read, how to load it, and the run's own model card."""
     evidence = run.path / "model_card.md"
     name, base_name = run.path.name, published_name(policy.model)
     header = {
         "base_model": base_name,
         "library_name": "peft" if form == "adapter" else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text2text-generation" if model_config.is_encoder_decoder else "text-generation",
         "tags": ["detoxification", "detox_ray"],
     }
     weights = "the base dequantised" if base == "trained" and policy.quantization != "none" else "the base as published"
     made = f"The adapter merged into {weights}." if form == "merged" else f"A LoRA adapter of {base_name}."
-    use = USE[form].format(name=name, base=base_name)
+    use = USE[form].format(name=name, base=base_name, loader=language_model_class(model_config).__name__)
     section = evidence.read_text(encoding="utf-8") if evidence.exists() else NOT_EVALUATED
     return f"---\n{yaml.safe_dump(header)}---\n\n# {name}\n\n{made}\n\n```python\n{use}\n```\n\n{section}"

@@ -150,9 +150,9 @@ def _activations(config: Config, shape: Skeleton, checkpointing: bool, accumulat
     ppo = config.ppo
     parts = config.train.workers * ppo.minibatches * (accumulation or ppo.gradient_accumulation)
     sequences = max(1, ppo.batch_size // parts)
-    tokens = config.data.max_tokens + 1 + config.rollout.max_new_tokens
-    logits = logits_bytes(shape, sequences * config.rollout.max_new_tokens)
-    return activation_bytes(shape, sequences, tokens, checkpointing) + logits
+    prompt, response = config.data.max_tokens + 1, config.rollout.max_new_tokens
+    logits = logits_bytes(shape, sequences * response)
+    return activation_bytes(shape, sequences, prompt, response, checkpointing) + logits
 
 
 def _rollout_worker(config: Config, shape: Skeleton) -> Role:

@@ -14,6 +14,7 @@ from detox_ray.config import (
     RayConfig,
     ResponseColumns,
     RolloutConfig,
+    make_sources_absolute,
 )
 from detox_ray.config_file import Overrides, parse_section, read_tree
 from detox_ray.config_section import Section, absolute_path
@@ -72,7 +73,7 @@ class MeterConfig(Section):
     def with_absolute_paths(self) -> "MeterConfig":
         """The same with every model, adapter and file that exists here made absolute, for other processes."""
         tree = self.model_dump()
-        tree["data"]["source"] = absolute_path(tree["data"]["source"])
+        make_sources_absolute(tree["data"])
         for key in ("perplexity_model", "relevance_model"):
             tree[key] = absolute_path(tree[key])
         for scorer in tree["scorers"]:

@@ -174,7 +174,13 @@ def offered_prompts(config: Config, file: str | Path | None, text_column: str | 
     if file is None:
         found = load_prompts(config.data, tokenizer, config.seed).heldout[:OFFERED_PROMPTS]
     else:
-        update: dict[str, Any] = {"source": str(file), "min_score": None, "max_score": None, "limit": OFFERED_PROMPTS}
+        update: dict[str, Any] = {
+            "source": str(file),
+            "mixed_in": [],
+            "min_score": None,
+            "max_score": None,
+            "limit": OFFERED_PROMPTS,
+        }
         if text_column is not None:
             update["text_column"] = text_column
         found = load_all_prompts(config.data.model_copy(update=update), tokenizer, config.seed).heldout

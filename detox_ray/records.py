@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+# What `Prompt.meta` calls the answers that people gave, and the first utterance of a dialogue to be summarised.
+REFERENCES, LEAD = "references", "lead"
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 VOCABULARY = 96
@@ -97,3 +97,49 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     LlamaForCausalLM(config).save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+SaveT5 = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def save_tiny_t5() -> SaveT5:
+    """Writes a random T5 of 0.2M parameters with its tokenizer: the first T5, or one of version 1.1 (as Flan-T5)."""
+    from tokenizers.processors import TemplateProcessing
+
+    def save(folder: Path, first: bool = True) -> str:
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=VOCABULARY,
+            d_model=64,
+            d_kv=32,
+            d_ff=128,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.1,
+            feed_forward_proj="relu" if first else "gated-gelu",
+            tie_word_embeddings=first,
+            eos_token_id=0,
+            pad_token_id=1,
+            decoder_start_token_id=1,
+        )
+        model = T5ForConditionalGeneration(config)
+        if not first:
+            # `transformers` ties what it makes, and unties what it reads.
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 64) * 0.1)
+        model.save_pretrained(folder)
+        characters = character_tokenizer().backend_tokenizer
+        characters.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 0)])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=characters, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+        )
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(save_tiny_t5: SaveT5, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The first T5, tiny, as a folder in Hugging Face format."""
+    return save_tiny_t5(tmp_path_factory.mktemp("tiny-t5"))

@@ -8,7 +8,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from detox_ray.config import Config
 from detox_ray.config_file import dump_config, parse_config
@@ -83,6 +83,24 @@ def test_an_adapter_loads_with_peft(tiny_model: str, tmp_path: Path) -> None:
     folder = export(tmp_path / "run", tmp_path / "adapter", form="adapter")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder)
     assert torch.allclose(logprobs(model), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_an_encoder_decoder_is_exported_as_one(tiny_t5: str, tmp_path: Path, quantization: str) -> None:
+    expected = run_with_adapter(tmp_path / "run", tiny_t5, quantization)
+    merged = export(tmp_path / "run", tmp_path / "model")
+    models = [AutoModelForSeq2SeqLM.from_pretrained(merged)]
+    if quantization == "none":
+        adapter = export(tmp_path / "run", tmp_path / "adapter", form="adapter")
+        models.append(PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(tiny_t5), adapter))
+    prompt, response = (torch.from_numpy(ids)[None] for ids in (PROMPT, RESPONSE))
+    for model in models:
+        with torch.no_grad():
+            found = model.eval()(input_ids=prompt, labels=response).logits[0].log_softmax(-1)
+        assert torch.allclose(found.gather(1, response[0, :, None])[:, 0], expected, atol=1e-4)
+    card = (merged / "README.md").read_text()
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in card
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text2text-generation"
 
 
 def test_the_card_says_what_it_is_and_what_is_known(tiny_model: str, tmp_path: Path) -> None:

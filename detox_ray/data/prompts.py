@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from detox_ray.config import DataConfig
 from detox_ray.data.examples import read_examples
 from detox_ray.data.sources import read_records
-from detox_ray.data.templates import DialogueTemplate, start_ids
+from detox_ray.data.templates import DialogueTemplate, frame_length, start_ids, stop_ids
 from detox_ray.errors import DataError
-from detox_ray.records import Prompt
+from detox_ray.records import LEAD, REFERENCES, Prompt
 
 Record = Mapping[str, Any]
 
@@ -72,6 +72,27 @@ def load_all_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, see
 def _unique_prompts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[list[_Found], int, dict[str, int]]:
+    """The prompts of all sources, the number of records, and what was left out; errors as `_prompts_of_source`.
+
+    The prompts of each source are spread evenly, so that the first n hold of every source what all of them hold.
+    """
+    parts = [_prompts_of_source(source, tokenizer, seed) for source in config.sources]
+    skipped: Counter[str] = Counter()
+    placed: list[tuple[float, _Found]] = []
+    for found, _, left_out in parts:
+        skipped.update(left_out)
+        placed += [((place + 0.5) / len(found), one) for place, one in enumerate(found)]
+    unique: dict[str, _Found] = {}
+    for _, one in sorted(placed, key=lambda item: item[0]):
+        unique.setdefault(normalized(one.prompt.text), one)
+    if repeated := len(placed) - len(unique):
+        skipped["duplicate"] += repeated
+    return list(unique.values()), sum(records for _, records, _ in parts), dict(skipped)
+
+
+def _prompts_of_source(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[list[_Found], int, dict[str, int]]:
     """At most `limit` prompts in the order of their groups' digests, the number of records, and what was left out.
 
     Raises:
@@ -114,7 +135,7 @@ def _text_prompts(
         else:
             kept.append((text, meta))
     found = []
-    start = start_ids(tokenizer)
+    start, stop = start_ids(tokenizer), stop_ids(tokenizer)
     encoded = (
         tokenizer([text for text, _ in kept], add_special_tokens=False, verbose=False)["input_ids"] if kept else []
     )
@@ -128,7 +149,7 @@ def _text_prompts(
                 continue
             ids = ids[: config.max_tokens]
             text = str(tokenizer.decode(ids))
-        found.append(_Found(_prompt(text, (*start, *ids), meta), normalized(text)))
+        found.append(_Found(_prompt(text, (*start, *ids, *stop), meta), normalized(text)))
     return found, len(records)
 
 
@@ -137,17 +158,17 @@ def _templated_prompts(
 ) -> tuple[list[_Found], int]:
     """The prompts that a template writes of texts or dialogues, each of which is a group, and the number of records."""
     template = DialogueTemplate(tokenizer, config.template, config.turn_separator)
-    start = len(start_ids(tokenizer))
+    frame = frame_length(tokenizer)
     found = []
     spoken = _spoken(config, skipped)
     for turns, meta in spoken:
         if reason := _unwanted(turns[-1], meta, config):
             skipped[reason] += 1
             continue
-        fitting = template.fitting_prompt(turns, config.max_tokens + start, trim=config.too_long == "trim")
+        fitting = template.fitting_prompt(turns, config.max_tokens + frame, trim=config.too_long == "trim")
         if fitting is None:
             skipped["too long"] += 1
-        elif len(fitting.token_ids) < config.min_tokens + start:
+        elif len(fitting.token_ids) < config.min_tokens + frame:
             skipped["too short"] += 1
         else:
             found.append(_Found(_prompt(fitting.text, fitting.token_ids, meta), normalized(turns[0])))
@@ -161,7 +182,13 @@ def _spoken(config: DataConfig, skipped: Counter[str]) -> list[tuple[tuple[str, 
     file = read_examples(config.source, config.format)
     skipped.update(file.left_out)
     # Several answers to one prompt make several examples and one prompt.
-    return list({example.turns: (example.turns, example.meta) for example in file.examples}.values())
+    spoken: dict[tuple[str, ...], dict[str, Any]] = {}
+    for example in file.examples:
+        meta = spoken.setdefault(example.turns, {**example.meta, REFERENCES: []})
+        meta[REFERENCES].append(example.response)
+        if config.format == "dialogsum":
+            meta[LEAD] = example.turns[0].partition("\n")[0]
+    return list(spoken.items())
 
 
 def _prompt(text: str, token_ids: tuple[int, ...], meta: dict[str, Any]) -> Prompt:

@@ -17,7 +17,7 @@ PLAIN_TEMPLATE = f"Human: {PLACE_OF_PROMPT}\nAssistant: "
 
 @dataclass(frozen=True)
 class WrittenPrompt:
-    """A prompt as the model reads it: `token_ids` begin with the start token, if there is one; `text` is without it."""
+    """A prompt as the model reads it: `token_ids` are those of `text` with `start_ids` before and `stop_ids` behind."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -27,7 +27,8 @@ class DialogueTemplate:
     """Writes turns, which alternate between a person and the model, the person's last; and the response to them.
 
     A template that is a text stands around each of the person's turns and is followed by the answer. A space at its end
-    is tokenised with the answer's first word, as in running text, and is no part of the prompt.
+    is tokenised with the answer's first word, as in running text, and is no part of the prompt. Where an encoder reads
+    the prompt, the answer is a text of its own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, turn_separator: str) -> None:
@@ -39,6 +40,7 @@ class DialogueTemplate:
         self._tokenizer = tokenizer
         self._separator = turn_separator
         self._start = start_ids(tokenizer)
+        self._stop = stop_ids(tokenizer)
         has_chat = bool(tokenizer.chat_template)
         if template == "chat" and not has_chat:
             raise ConfigError(
@@ -57,10 +59,10 @@ class DialogueTemplate:
         """What the model continues with its answer to the last of `turns` (an odd number)."""
         if not self._is_chat:
             text = self._plain_text(turns)
-            return WrittenPrompt(text, (*self._start, *self._ids(text)))
+            return WrittenPrompt(text, (*self._start, *self._ids(text), *self._stop))
         # The template writes the start token itself, or wants none.
         text = self._chat_text(turns)
-        return WrittenPrompt(text.removeprefix(str(self._tokenizer.bos_token)), tuple(self._ids(text)))
+        return WrittenPrompt(text.removeprefix(str(self._tokenizer.bos_token)), (*self._ids(text), *self._stop))
 
     def fitting_prompt(self, turns: Sequence[str], max_tokens: int, trim: bool) -> WrittenPrompt | None:
         """The prompt in at most `max_tokens` tokens, with `trim` without the earliest turns; None where that fails."""
@@ -78,7 +80,9 @@ class DialogueTemplate:
         Raises:
             ModelError: the chat template writes an answer elsewhere than where it asks for one.
         """
-        if self._is_chat:
+        if self._stop:
+            prompt, written = "", response
+        elif self._is_chat:
             prompt, written = self._chat_text(turns), self._chat_answer(turns, response)
         else:
             prompt, written = self._plain_text(turns), self._answer_space + response
@@ -137,3 +141,14 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if bos == tokenizer.eos_token_id or tokenizer("a")["input_ids"][:1] == [bos]:
         return (bos,)
     return ()
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What ends a prompt: the end token where the tokenizer itself writes it, as those of encoder-decoders do."""
+    end = tokenizer.eos_token_id
+    return (end,) if end is not None and tokenizer("a")["input_ids"][-1:] == [end] else ()
+
+
+def frame_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a prompt that are none of its text: those of `start_ids` and `stop_ids`."""
+    return len(start_ids(tokenizer)) + len(stop_ids(tokenizer))

@@ -111,6 +111,7 @@ def analyze(
         judge = judge or load_classifier(config.evaluation.judge)
     else:
         model_name = policy.model
+    inputs.check_decoder_only(policy)
     systems = inputs.load_systems(policy, reference, adapters)
     prompts, skipped = inputs.answered_prompts(table, systems, limits.prompts, limits.seed)
     content = {

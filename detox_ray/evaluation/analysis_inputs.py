@@ -19,10 +19,16 @@ from detox_ray.config import Config, PolicyConfig
 from detox_ray.config_file import load_config
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.templates import start_ids
-from detox_ray.errors import DataError
+from detox_ray.errors import DataError, ModelError
 from detox_ray.metrics_file import ADAPTER_FOLDER
 from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE, put_adapters
-from detox_ray.policy.load import compute_dtype, load_base, load_tokenizer, write_dequantized_base
+from detox_ray.policy.load import (
+    compute_dtype,
+    load_base,
+    load_model_config,
+    load_tokenizer,
+    write_dequantized_base,
+)
 from detox_ray.run_folder import RunFolder
 
 GENERATIONS_FILE = "generations.parquet"
@@ -137,6 +143,20 @@ def check_adapter_folders(adapters: Mapping[str, Path]) -> None:
 def default_adapters(folder: Path) -> dict[str, Path]:
     """The adapter of a run folder, under the name its responses have."""
     return {"tuned": folder / ADAPTER_FOLDER}
+
+
+def check_decoder_only(policy: PolicyConfig) -> None:
+    """Refuse what attribution does not follow.
+
+    Raises:
+        ModelError: the model is an encoder-decoder.
+    """
+    model_config = load_model_config(policy)
+    if model_config.is_encoder_decoder:
+        raise ModelError(
+            f"{policy.model} is an encoder-decoder ({model_config.model_type}); detox-ray analyze reads decoder-only "
+            "models, and detox-ray evaluate and report read this one too"
+        )
 
 
 def load_systems(policy: PolicyConfig, reference: str, adapters: Mapping[str, Path]) -> ComparedSystems:

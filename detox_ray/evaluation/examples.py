@@ -71,7 +71,7 @@ def system_examples(responses: PairedResponses, evaluation: Evaluation, system: 
 
 
 def pairs_summary(responses: PairedResponses, evaluation: Evaluation, system: str) -> str:
-    """What changed over all pairs: mean reward, and the improvement of mean and std of toxicity in %."""
+    """What changed over all pairs: mean and std of the reward, and the improvement of those of toxicity in %."""
     reference = evaluation["reference"]
     before, after = (responses.reward[responses.place(name)] for name in (reference, system))
     known = ~(np.isnan(before) | np.isnan(after))
@@ -82,12 +82,19 @@ def pairs_summary(responses: PairedResponses, evaluation: Evaluation, system: st
     mean, std = (reduction(*pair) for pair in toxicity.values())
     rewards = (
         f"mean reward {before[known].mean():.3f} before, {after[known].mean():.3f} after, "
-        f"difference {(after - before)[known].mean():+.3f}"
+        f"difference {(after - before)[known].mean():+.3f}{_change(before[known].mean(), after[known].mean())}; "
+        f"std {before[known].std():.3f} before, {after[known].std():.3f} after"
+        f"{_change(before[known].std(), after[known].std())}"
         if known.any()
         else "no reward is known"
     )
     improvement = f"Improvement of toxicity: mean {_percent(mean)}, std {_percent(std)}."
     return f"All {int(known.sum()):,} pairs: {rewards}. {improvement}"
+
+
+def _change(before: float, after: float) -> str:
+    """` (+12.3%)`, or nothing where the change is of something that is not positive."""
+    return f" ({after / before - 1:+.1%})" if before > 0 else ""
 
 
 def _percent(share: float | None) -> str:

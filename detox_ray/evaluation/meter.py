@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from detox_ray.data.templates import start_ids
+from detox_ray.data.templates import start_ids, stop_ids
 from detox_ray.errors import RewardError
 from detox_ray.evaluation.perplexity import response_nll
 from detox_ray.evaluation.relevance import prompt_response_similarity
@@ -29,7 +29,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class PerplexityModel:
-    """The transformers causal language model under which responses are given a perplexity.
+    """The transformers language model under which responses are given a perplexity.
 
     With a `tokenizer` texts are tokenised anew, as for a model that did not write them; without one the responses'
     own token ids are taken.
@@ -47,8 +47,8 @@ class PerplexityModel:
             prompts = [r.prompt_ids.tolist() for r in flat]
             texts = [r.response_ids.tolist() for r in flat]
         else:
-            start = start_ids(self.tokenizer)
-            prompts = [[*start, *ids] for ids in self._encode([r.prompt_text for r in flat])]
+            start, stop = start_ids(self.tokenizer), stop_ids(self.tokenizer)
+            prompts = [[*start, *ids, *stop] for ids in self._encode([r.prompt_text for r in flat])]
             texts = self._encode([r.text for r in flat])
         nll, tokens = response_nll(self.model, prompts, texts, BATCH_SIZE, self.pad_id)
         shape = (len(responses.prompts), responses.samples_per_prompt)

@@ -88,6 +88,12 @@ def mean_of(values: np.ndarray) -> Statistic:
     return Statistic(np.asarray(values, dtype=np.float64)[:, None], lambda means: means[:, 0])
 
 
+def mean_where_known(values: np.ndarray) -> Statistic:
+    """Mean over the prompts that have a value, `values: [P]` with NaN for the others."""
+    known = ~np.isnan(values)
+    return ratio_of_sums(np.where(known, values, 0.0), known)
+
+
 def ratio_of_sums(values: np.ndarray, weights: np.ndarray) -> Statistic:
     """`sum(values) / sum(weights)` over prompts, `[P]` each; NaN where the weights sum to 0."""
     columns = np.stack([values, weights], axis=1).astype(np.float64)

@@ -7,27 +7,30 @@ import numpy as np
 import torch
 
 from detox_ray.errors import DataError, ModelError
+from detox_ray.policy.architecture import language_model_class, response_logits
+from detox_ray.policy.sequences import collate
 
 
 def load_reference_model(
     path: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A causal language model for scoring, in evaluation mode.
+    """A language model for scoring, in evaluation mode.
 
     `path` is a folder or hub id with safetensors weights; code that comes with a model is not run.
 
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        model = language_model_class(config).from_pretrained(
             path, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"reference model {path!r} does not load as a causal language model: {reason}") from error
+        raise ModelError(f"reference model {path!r} does not load as a language model: {reason}") from error
     return torch.nn.Module.to(model, device).eval().requires_grad_(False)
 
 
@@ -42,7 +45,7 @@ def response_nll(
     """Negative log-likelihood of each response given its prompt, teacher-forced.
 
     `prompt_ids`, `response_ids`: N token sequences each; leave the end token out of a response. `model` is a
-    transformers causal language model, used in the mode (train or eval) it is in. Returns `(nll_sum [N] float64 in
+    transformers language model, used in the mode (train or eval) it is in. Returns `(nll_sum [N] float64 in
     nats, tokens [N] int64)`; an empty response has 0 of both.
 
     Raises:
@@ -64,23 +67,14 @@ def response_nll(
 
 
 def _batch_nll(model: Any, prompts: list[Any], responses: list[Any], pad_id: int) -> np.ndarray:
-    """Nats of each response, [B] float64. Padding is on the right, so positions count from 0 in every row."""
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    is_text = torch.zeros_like(input_ids)
-    is_response = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = len(prompt) + len(response)
-        input_ids[row, :end] = torch.as_tensor([*prompt, *response], dtype=torch.long)
-        is_text[row, :end] = 1
-        is_response[row, len(prompt) : end] = True
-    input_ids, is_response = input_ids.to(model.device), is_response.to(model.device)
-    logits = model(input_ids=input_ids, attention_mask=is_text.to(model.device), use_cache=False).logits
-    predicted, targets = is_response[:, 1:], input_ids[:, 1:]
+    """Nats of each response, [B] float64."""
+    prompts, responses = ([np.asarray(ids, dtype=np.int64) for ids in texts] for texts in (prompts, responses))
+    sequences = collate(prompts, responses, pad_id, model.device)
+    mask = sequences.response_mask()
     # Only the rows that predict a response token are ever widened to float32.
-    token_nll = torch.nn.functional.cross_entropy(
-        logits[:, :-1][predicted].float(), targets[predicted], reduction="none"
-    )
-    per_token = torch.zeros(targets.shape, dtype=torch.float64, device=token_nll.device)
-    per_token[predicted] = token_nll.double()
+    logits = response_logits(model, sequences)[mask].float()
+    per_token = torch.zeros(mask.shape, dtype=torch.float64, device=logits.device)
+    per_token[mask] = torch.nn.functional.cross_entropy(
+        logits, sequences.response_ids()[mask], reduction="none"
+    ).double()
     return per_token.sum(dim=1).cpu().numpy()

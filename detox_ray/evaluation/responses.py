@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from detox_ray.errors import DataError
-from detox_ray.records import Prompt, Rollout
+from detox_ray.records import LEAD, REFERENCES, Prompt, Rollout
 
 SCORE_PREFIX = "toxicity/"
+# Columns of a table whose prompts have them.
+OPTIONAL = [pa.field(REFERENCES, pa.list_(pa.string())), pa.field(LEAD, pa.string())]
 SCHEMA = pa.schema(
     [
         pa.field("system", pa.string(), nullable=False),
@@ -140,9 +142,15 @@ def align(systems: Sequence[SystemResponses]) -> list[SystemResponses]:
 
 
 def generations_table(systems: Sequence[ScoredResponses]) -> pa.Table:
-    """One row a response, with the columns of `SCHEMA` and one a scorer: system by system, prompt by prompt."""
+    """One row a response, with the columns of `SCHEMA`, what is there of `OPTIONAL`, and one a scorer.
+
+    System by system, prompt by prompt.
+    """
     scorers = list(systems[0].toxicity)
     schema = SCHEMA
+    for field in OPTIONAL:
+        if any(field.name in prompt.meta for prompt in systems[0].responses.prompts):
+            schema = schema.append(field)
     for scorer in scorers:
         schema = schema.append(pa.field(SCORE_PREFIX + scorer, pa.float64(), nullable=False))
     return pa.concat_tables(_system_table(system, scorers, schema) for system in systems)
@@ -164,6 +172,8 @@ def _system_table(system: ScoredResponses, scorers: Sequence[str], schema: pa.Sc
         "prompt_toxicity": [_number(prompt.meta.get("toxicity")) for prompt in prompts],
         "challenging": [_flag(prompt.meta.get("challenging")) for prompt in prompts],
         "group": [prompt.meta.get("group") for prompt in prompts],
+        REFERENCES: [prompt.meta.get(REFERENCES) for prompt in prompts],
+        LEAD: [prompt.meta.get(LEAD) for prompt in prompts],
         "sample": np.tile(np.arange(samples, dtype=np.int32), len(system.responses.prompts)),
         "response": [rollout.text for rollout in rollouts],
         "response_ids": [rollout.response_ids for rollout in rollouts],
@@ -185,7 +195,8 @@ def systems_of(table: pa.Table) -> list[ScoredResponses]:
     for name in table.column("system").unique().to_pylist():
         rows = table.filter(pc.equal(table.column("system"), name))
         rows = rows.sort_by([("prompt_id", "ascending"), ("sample", "ascending")])
-        records = rows.select([c for c in SCHEMA.names if c != "nll"]).to_pylist()
+        columns = {*SCHEMA.names, *(field.name for field in OPTIONAL)} - {"nll"}
+        records = rows.select([name for name in rows.column_names if name in columns]).to_pylist()
         prompts = {r["prompt_id"]: _prompt(r) for r in records}
         responses = group_rollouts(name, [_rollout(r) for r in records], list(prompts.values()))
         shape = (len(prompts), responses.samples_per_prompt)
@@ -214,6 +225,7 @@ def _flag(value: Any) -> bool | None:
 
 def _prompt(row: Mapping[str, Any]) -> Prompt:
     meta = {"toxicity": row["prompt_toxicity"], "challenging": row["challenging"], "group": row["group"]}
+    meta |= {field.name: row.get(field.name) for field in OPTIONAL}
     return Prompt(row["prompt_id"], row["prompt"], (), {k: v for k, v in meta.items() if v is not None})
 
 

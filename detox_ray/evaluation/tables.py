@@ -65,9 +65,13 @@ class Table:
 
 
 def metric_table(evaluation: Evaluation, split: str = "all") -> Table:
-    """Every metric that was measured on a split, by system; two systems have a column for the change of their own."""
+    """Every metric that was measured on a split, by system; two systems have a column for the change of their own.
+
+    What takes no model, such as the first utterance given as a summary, stands in columns of its own behind them.
+    """
     names = systems(evaluation)
     pair = len(names) == 2
+    plain = {name: found[split] for name, found in (evaluation.get("baselines") or {}).items() if found.get(split)}
     rows = []
     for metric, (label, explanation, _) in METRICS.items():
         intervals = [measured(evaluation, name, metric, split) for name in names]
@@ -82,8 +86,14 @@ def metric_table(evaluation: Evaluation, split: str = "all") -> Table:
                 Cell(cell.value, cell.interval, f"{change} ({interval})" if interval else change)
                 for cell, (change, interval) in zip(cells, changes, strict=True)
             ]
+        cells += [_cell(metric, found) if (found := of_split.get(metric)) else Cell("") for of_split in plain.values()]
         rows.append(Row(label, tuple(cells), explanation))
-    columns = (Column("Metric"), *system_columns(evaluation), *([Column("Change")] if pair else []))
+    columns = (
+        Column("Metric"),
+        *system_columns(evaluation),
+        *([Column("Change")] if pair else []),
+        *(Column(name.capitalize(), "no model") for name in plain),
+    )
     count = splits(evaluation).get(split)
     title = split_label(split).capitalize() + ("" if count is None else f" ({count})")
     return Table(f"metrics-{split}", title, columns, tuple(rows))

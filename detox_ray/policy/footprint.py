@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from detox_ray.config import PolicyConfig
+from detox_ray.policy.architecture import language_model_class
 from detox_ray.policy.load import load_model_config
 from detox_ray.policy.policy import attach_adapter
 from detox_ray.policy.tokens import MAX_LOGITS
@@ -31,14 +31,23 @@ class Skeleton:
 
     @property
     def base(self) -> Any:
-        """The causal language model below the adapter."""
+        """The language model below the adapter."""
         return self.model.get_base_model()
 
     def quantizable(self) -> list[Tensor]:
-        """The weights of the linear layers, without the language-model head's: what bitsandbytes replaces."""
-        head = self.base.get_output_embeddings()
-        linear = [m for m in self.model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-        return [m.weight for m in linear if not m.weight.requires_grad]
+        """The weights of the linear layers that bitsandbytes replaces.
+
+        It leaves the language-model head, and those that want more precision than it has (T5's `wo`).
+        """
+        head, precise = self.base.get_output_embeddings(), self.base._keep_in_fp32_modules
+        return [
+            module.weight
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+            and module is not head
+            and not module.weight.requires_grad
+            and precise.isdisjoint(name.split("."))
+        ]
 
     def base_parameters(self) -> int:
         """Numbers in the base; tied ones count once."""
@@ -56,7 +65,8 @@ def skeleton(policy: PolicyConfig, dtype: torch.dtype) -> Skeleton:
         ModelError: the model's configuration cannot be read, or `lora.targets` names no module of it.
     """
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(load_model_config(policy), dtype=dtype)
+        model_config = load_model_config(policy)
+        base = language_model_class(model_config).from_config(model_config, dtype=dtype)
         return Skeleton(attach_adapter(base, policy), dtype)
 
 
@@ -78,16 +88,17 @@ def dequantization_bytes(shape: Skeleton) -> float:
     return max(weight.numel() for weight in shape.quantizable()) * shape.dtype.itemsize
 
 
-def activation_bytes(shape: Skeleton, sequences: int, tokens: int, checkpointing: bool) -> float:
-    """What a training pass over `[sequences, tokens]` keeps for its backward pass, below the language-model head.
+def activation_bytes(shape: Skeleton, sequences: int, prompt: int, response: int, checkpointing: bool) -> float:
+    """What a training pass keeps for its backward pass, below the language-model head.
 
-    With checkpointing the inputs of every block are kept, and one block at a time is kept whole.
+    Of `sequences` with a prompt and a response of so many tokens. With checkpointing the inputs of every block are
+    kept, and one block at a time is kept whole.
     """
-    kept = _kept_bytes(shape, sequences, tokens)
+    kept = _kept_bytes(shape, sequences, prompt, response)
     if not checkpointing:
         return kept
     config = shape.base.config
-    inputs = config.num_hidden_layers * sequences * tokens * config.hidden_size * shape.dtype.itemsize
+    inputs = config.num_hidden_layers * sequences * (prompt + response) * config.hidden_size * shape.dtype.itemsize
     return inputs + kept / config.num_hidden_layers
 
 
@@ -108,7 +119,7 @@ def cache_bytes_per_token(shape: Skeleton) -> float:
     return 2 * config.num_hidden_layers * key_heads * head_size * shape.dtype.itemsize
 
 
-def _kept_bytes(shape: Skeleton, sequences: int, tokens: int) -> int:
+def _kept_bytes(shape: Skeleton, sequences: int, prompt: int, response: int) -> int:
     own = {_storage(tensor) for tensor in (*shape.model.parameters(), *shape.model.buffers())}
     # Held until the end, so that no storage is freed and its identity used again.
     kept: dict[int, Tensor] = {}
@@ -118,19 +129,30 @@ def _kept_bytes(shape: Skeleton, sequences: int, tokens: int) -> int:
             kept[_storage(tensor)] = tensor
         return tensor
 
-    trunk = getattr(shape.base, shape.base.base_model_prefix)
-    ids = torch.zeros(sequences, tokens, dtype=torch.long, device="meta")
     shape.model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         try:
-            trunk(input_ids=ids, use_cache=False)
+            _run_trunk(shape.base, sequences, prompt, response)
         except RuntimeError:
             # Some models look at the numbers of a mask they make themselves; one that is given is used as it is.
             kept.clear()
-            mask = torch.zeros(sequences, 1, tokens, tokens, dtype=shape.dtype, device="meta")
+            length = prompt + response
+            mask = torch.zeros(sequences, 1, length, length, dtype=shape.dtype, device="meta")
             own.add(_storage(mask))
-            trunk(input_ids=ids, attention_mask=mask, use_cache=False)
+            _run_trunk(shape.base, sequences, prompt, response, attention_mask=mask)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _run_trunk(base: Any, sequences: int, prompt: int, response: int, **mask: Tensor) -> None:
+    """A forward pass on shapes, as `response_states` makes it on tokens."""
+    if base.config.is_encoder_decoder:
+        ids, answer = (torch.zeros(sequences, n, dtype=torch.long, device="meta") for n in (prompt, response))
+        encoded = base.get_encoder()(input_ids=ids).last_hidden_state
+        base.get_decoder()(input_ids=answer, encoder_hidden_states=encoded, use_cache=False)
+        return
+    trunk = getattr(base, base.base_model_prefix)
+    ids = torch.zeros(sequences, prompt + response, dtype=torch.long, device="meta")
+    trunk(input_ids=ids, use_cache=False, **mask)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
+from detox_ray.policy.architecture import language_model_class
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, with a pad token.
 
     Raises:
-        ModelError: it cannot be loaded, or has no pad token and `policy.pad_token` names none.
+        ModelError: it cannot be loaded, or has no pad token and `policy.pad_token` names none; or it ends texts that a
+            decoder-only model is to continue.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
@@ -30,6 +32,12 @@ def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
                 f"policy.pad_token={config.pad_token!r} is not a token of {config.model}; name one that is"
             )
         tokenizer.pad_token = config.pad_token
+    ends_texts = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    if ends_texts and not load_model_config(config).is_encoder_decoder:
+        raise ModelError(
+            f"tokenizer of {config.model} writes {tokenizer.eos_token} behind every text, and a decoder-only model has "
+            "to continue them; set add_eos_token to false in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         usual = tokenizer.eos_token or tokenizer.unk_token or "<pad>"
         raise ModelError(f"tokenizer of {config.model} has no pad token; set one, such as policy.pad_token={usual!r}")
@@ -40,15 +48,16 @@ def load_model_config(config: PolicyConfig) -> Any:
     """The model's `transformers` configuration with every dropout at 0, so that a PPO ratio compares equal functions.
 
     Raises:
-        ModelError: it cannot be loaded, or the model is no decoder-only language model.
+        ModelError: it cannot be loaded, or is of an encoder-decoder whose decoder has no start token.
     """
     try:
         model_config = AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load("model", config.model, error)) from None
-    if getattr(model_config, "is_encoder_decoder", False):
+    if model_config.is_encoder_decoder and getattr(model_config, "decoder_start_token_id", None) is None:
         raise ModelError(
-            f"policy.model={config.model} is an encoder-decoder ({model_config.model_type}); use a causal one"
+            f"policy.model={config.model} is an encoder-decoder, and its config.json has no decoder_start_token_id; "
+            "set it (T5's is its pad token)"
         )
     for key, value in vars(model_config).items():
         if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
@@ -91,9 +100,10 @@ def load_base(config: PolicyConfig, device: torch.device) -> PreTrainedModel:
     elif config.quantization == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model_config = load_model_config(config)
+        model = language_model_class(model_config).from_pretrained(
             config.model,
-            config=load_model_config(config),
+            config=model_config,
             revision=config.revision,
             trust_remote_code=False,
             use_safetensors=True,

@@ -1,7 +1,7 @@
 """Policy, reference and value function in one module, on one frozen base."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,13 +11,19 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
 from detox_ray.policy.adapter import Adapter, check_fits, load_adapter, read_weights, write_weights
+from detox_ray.policy.architecture import (
+    adapter_task,
+    language_model_class,
+    language_model_head,
+    next_token_logits,
+    response_states,
+)
 from detox_ray.policy.load import load_base, load_model_config
 from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.tokens import token_logprobs
@@ -75,18 +81,6 @@ class Policy(nn.Module):
                 add_frozen_adapter(self.model, start, REFERENCE)
         self.train()
 
-    @property
-    def trunk(self) -> nn.Module:
-        """The transformer below the language-model head."""
-        causal: Any = self.model.get_base_model()
-        return getattr(causal, causal.base_model_prefix)
-
-    @property
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """Hidden states [N, H] -> logits [N, V]."""
-        causal: Any = self.model.get_base_model()
-        return causal.get_output_embeddings()
-
     def forward(
         self,
         sequences: Sequences,
@@ -105,12 +99,12 @@ class Policy(nn.Module):
             reference: of the reference policy (the values are then its trunk's, of no use); without gradients.
         """
         with self._as_reference() if reference else nullcontext():
-            hidden = self.trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+            base = self.model.get_base_model()
             mask = sequences.response_mask()
-            rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
-            predictors = hidden[rows, sequences.predictor_positions()][mask]
+            predictors = response_states(base, sequences)[mask]
+            head = language_model_head(base)
             flat_logprobs, flat_entropy = token_logprobs(
-                predictors, self.head, sequences.response_ids()[mask], temperature, suppressed, entropy
+                predictors, head, sequences.response_ids()[mask], temperature, suppressed, entropy
             )
             flat_values = self.value_head(predictors.float())[:, 0]
         return TokenValues(*(_unflatten(flat, mask) for flat in (flat_logprobs, flat_values, flat_entropy)))
@@ -171,7 +165,7 @@ def attach_adapter(base: PreTrainedModel, config: PolicyConfig) -> PeftModel:
     """
     _require_targets(base, config.lora.targets)
     lora = PeftLoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=adapter_task(base.config),
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # annotated int, but any number works
         lora_dropout=config.lora.dropout,
@@ -214,7 +208,8 @@ def check_adapter(config: PolicyConfig) -> None:
         ModelError: the targets are not in the model, or the adapter cannot be read or was made for another base.
     """
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(load_model_config(config))
+        model_config = load_model_config(config)
+        base = language_model_class(model_config).from_config(model_config)
         skeleton = attach_adapter(base, config)
     if config.adapter is not None:
         check_fits(skeleton, load_adapter(config.adapter))
@@ -227,12 +222,13 @@ def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def canary_of(model: Any, max_length: int) -> Canary:
-    """The answers of any `transformers` or PEFT causal model on fixed sequences that a push is checked on.
+    """The answers of any `transformers` or PEFT language model on fixed sequences that a push is checked on.
 
     Seeded random tokens, one by one: a short sequence and one that spans a cache block, at most `max_length` long.
     """
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, max_length) for length in (16, CANARY_LENGTH)]
     prefixes = [torch.randint(0, model.config.vocab_size, (n,), generator=generator) for n in lengths]
-    logits = [model(input_ids=p[None].to(model.device)).logits[0, -1].float() for p in prefixes]
-    return Canary([p.tolist() for p in prefixes], torch.stack([x.log_softmax(dim=0).cpu() for x in logits]).numpy())
+    listed = [prefix.tolist() for prefix in prefixes]
+    answers = [next_token_logits(model, prefix).log_softmax(dim=0).cpu() for prefix in listed]
+    return Canary(listed, torch.stack(answers).numpy())

@@ -36,6 +36,16 @@ class Sequences:
         following = (self.predictor_positions() + 1).clamp(max=self.input_ids.shape[1] - 1)
         return self.input_ids.gather(1, following)
 
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """What an encoder reads, P the longest prompt: the prompts alone [B, P] int64, and 1 where there is a token."""
+        ids = self.input_ids[:, : int(self.prompt_lengths.max())]
+        is_prompt = torch.arange(ids.shape[1], device=ids.device)[None, :] < self.prompt_lengths[:, None]
+        return ids, is_prompt.long()
+
+    def decoder_ids(self, start_id: int) -> Tensor:
+        """[B, R] int64: what a decoder reads to predict each response token: its start token and those before."""
+        return torch.nn.functional.pad(self.response_ids()[:, :-1], (1, 0), value=start_id)
+
     def rows(self, index: Tensor) -> "Sequences":
         """The rows in `index` [b] int64, cut to their own longest sequence."""
         prompt_lengths, response_lengths = self.prompt_lengths[index], self.response_lengths[index]

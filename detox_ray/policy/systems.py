@@ -70,11 +70,17 @@ class Systems:
         adapters = [self._names[row] for row in rows]
         prompt = torch.tensor([list(prompt_ids)] * systems, device=self._device)
         cache: Any = None
+        encoder: dict[str, Any] = {}
+        config = self._model.config
+        if config.is_encoder_decoder:
+            encoder, prompt = {"input_ids": prompt}, torch.full_like(prompt[:, :1], config.decoder_start_token_id)
         for part in prompt.split(1 if self._one_by_one else prompt.shape[1], dim=1):
-            output = self._forward(part, cache, self._names)
+            output = self._forward(part, cache, self._names, encoder)
             cache = output.past_key_values
         # From here on a second row of each system reads the same tokens with the adapter they are compared with.
         cache.reorder_cache(torch.tensor(rows, device=self._device))
+        if config.is_encoder_decoder:
+            encoder = {"encoder_outputs": (output.encoder_last_hidden_state[rows],)}
         logits = output.logits[rows, -1].float()
         noise = torch.Generator().manual_seed(seed)
         running = [True] * systems
@@ -87,11 +93,13 @@ class Systems:
             running = [on and int(token) not in end_ids for on, token in zip(running, tokens, strict=True)]
             if left == 0 or not any(running):
                 return
-            logits = self._forward(read[:, None], cache, adapters).logits[:, -1].float()
+            logits = self._forward(read[:, None], cache, adapters, encoder).logits[:, -1].float()
 
-    def _forward(self, input_ids: Tensor, cache: Any, adapters: list[str]) -> Any:
+    def _forward(self, tokens: Tensor, cache: Any, adapters: list[str], encoder: dict[str, Any]) -> Any:
+        """`tokens` go on with what is in the cache; `encoder` holds what an encoder reads, or what it made of it."""
         mixed = {"adapter_names": adapters} if len(self._names) > 1 else {}
-        return self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **mixed)
+        reads = {"decoder_input_ids": tokens, **encoder} if encoder else {"input_ids": tokens, "logits_to_keep": 1}
+        return self._model(past_key_values=cache, use_cache=True, **reads, **mixed)
 
 
 def choose_tokens(logits: Tensor, gumbel: Tensor, temperature: float, top_p: float) -> Tensor:

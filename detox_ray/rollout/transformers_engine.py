@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from detox_ray.errors import ModelError, SyncError
 from detox_ray.policy.adapter import Adapter, write_weights
+from detox_ray.policy.architecture import language_model_class, next_token_logits
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import CANARY_TOP, EngineSpec
 
@@ -24,7 +25,8 @@ class TransformersEngine:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=False
         )
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model_config = AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=False)
+        model: Any = language_model_class(model_config).from_pretrained(
             spec.model,
             revision=spec.revision,
             dtype=getattr(torch, spec.dtype),
@@ -48,6 +50,7 @@ class TransformersEngine:
         return [rollouts[i] for i in range(len(rows))]
 
     def _generate_batch(self, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
+        is_encoder_decoder = self._model.config.is_encoder_decoder
         longest = max(len(p.token_ids) for p in prompts)
         input_ids = torch.full((len(prompts), longest), self._spec.pad_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -66,11 +69,13 @@ class TransformersEngine:
                 min_new_tokens=sampling.max_new_tokens if sampling.fixed_length else None,
                 eos_token_id=list(self._spec.end_ids) or None,
                 pad_token_id=self._spec.pad_id,
+                decoder_start_token_id=self._model.config.decoder_start_token_id if is_encoder_decoder else None,
                 return_dict_in_generate=True,
                 output_scores=True,
             ),
         )
-        response_ids = output.sequences[:, longest:]
+        # What `generate` returns begins with the prompt, or with the decoder's start token.
+        response_ids = output.sequences[:, 1 if is_encoder_decoder else longest :]
         steps = [
             scores.float().log_softmax(dim=1).gather(1, response_ids[:, step : step + 1])[:, 0]
             for step, scores in enumerate(output.scores)
@@ -110,8 +115,7 @@ class TransformersEngine:
         """See `RolloutEngine.next_token_logprobs`."""
         answers = []
         for prefix in prefixes:
-            logits = self._model(input_ids=torch.tensor([list(prefix)], device=self._device)).logits[0, -1]
-            top = logits.float().log_softmax(dim=0).topk(CANARY_TOP)
+            top = next_token_logits(self._model, prefix).log_softmax(dim=0).topk(CANARY_TOP)
             answers.append(dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
         return answers
 

@@ -325,3 +325,31 @@ class TestRealToxicityPrompts:
         assert split.skipped["outside score window"] == sum(s is not None and s < 0.5 for s in scores)
         assert all(p.meta["toxicity"] >= 0.5 for p in everything(split))
         assert max(len(p.token_ids) for p in everything(split)) == 13
+
+
+def test_sources_are_mixed_in_their_proportions(tmp_path, tiny_t5):
+    dialogues = [
+        {"dialogue": f"#Person1#: Hello {i}.\n#Person2#: Hi.", "summary1": f"They greet {i}.", "summary2": "Greetings."}
+        for i in range(90)
+    ]
+    (tmp_path / "dialogues.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dialogues))
+    texts = [{"prompt": {"text": f"you fool {i}", "toxicity": i / 100}} for i in range(100)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    data = DataConfig.model_validate(
+        {
+            "source": str(tmp_path / "dialogues.jsonl"),
+            "format": "dialogsum",
+            "template": "Summarize: {prompt}",
+            "mixed_in": [{"source": str(tmp_path / "texts.jsonl"), "min_score": 0.5, "limit": 30}],
+            "heldout_prompts": 40,
+        }
+    )
+    split = load_prompts(data, AutoTokenizer.from_pretrained(tiny_t5), seed=0)
+    for prompts, dialogues_in, toxic_in in ((split.heldout, 30, 10), (split.heldout[:8], 6, 2), (split.train, 60, 20)):
+        assert sum("references" in prompt.meta for prompt in prompts) == dialogues_in
+        assert sum(prompt.meta.get("toxicity", 0) >= 0.5 for prompt in prompts) == toxic_in
+    assert all(prompt.text.startswith("Summarize: ") and prompt.token_ids[-1] == 0 for prompt in everything(split))
+    dialogue = next(prompt for prompt in split.train if "references" in prompt.meta)
+    assert dialogue.meta["lead"] == dialogue.text.removeprefix("Summarize: ").partition("\n")[0]
+    assert len(dialogue.meta["references"]) == 2
+    assert load_prompts(data, AutoTokenizer.from_pretrained(tiny_t5), seed=0) == split

@@ -1,7 +1,7 @@
 """What is written around turns, and that its tokens are those of constructions made without our code."""
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from detox_ray.config import DataConfig
 from detox_ray.data.templates import PLAIN_TEMPLATE, DialogueTemplate
@@ -122,3 +122,16 @@ def test_templates_that_cannot_be_are_refused(
     monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ messages | length }}")
     with pytest.raises(ModelError, match="writes an answer elsewhere"):
         DialogueTemplate(chat_tokenizer, "chat", "\n").response_ids(TURNS, ANSWER, [0])
+
+
+def test_an_encoder_reads_a_prompt_with_its_end_and_the_answer_is_a_text_of_its_own(tiny_t5: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_t5)
+    template = DialogueTemplate(tokenizer, "Summarize: {prompt}!", "\n")
+    prompt = template.prompt(["Two people talk."])
+    assert list(prompt.token_ids) == tokenizer("Summarize: Two people talk.!")["input_ids"]
+    assert tokenizer.decode(prompt.token_ids) == "Summarize: Two people talk.!<eos>"
+    response_ids = template.response_ids(["Two people talk."], "They talk.", [tokenizer.eos_token_id])
+    assert list(response_ids) == tokenizer("They talk.")["input_ids"]
+    longest = len(prompt.token_ids)
+    assert template.fitting_prompt(["Two people talk."], longest, trim=True) == prompt
+    assert template.fitting_prompt(["Two people talk."], longest - 1, trim=True) is None

@@ -15,7 +15,7 @@ from detox_ray.config_file import dump_config, parse_config
 from detox_ray.errors import ConfigError, DataError, ModelError
 from detox_ray.evaluation import analysis_sections as sections
 from detox_ray.evaluation.analysis import Limits, analyze, token_statistics
-from detox_ray.evaluation.analysis_inputs import choose_prompts
+from detox_ray.evaluation.analysis_inputs import check_decoder_only, choose_prompts
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy
 
@@ -436,3 +436,8 @@ def test_webtext(captum, shared, tmp_path):
     words = {w["word"]: w for side in found["words"]["systems"]["tuned"].values() for w in side}
     assert words["fool"]["toxic"]
     assert words["fool"]["count"] == 10
+
+
+def test_an_encoder_decoder_is_refused(tiny_t5: str) -> None:
+    with pytest.raises(ModelError, match=r"is an encoder-decoder \(t5\); detox-ray analyze reads decoder-only models"):
+        check_decoder_only(PolicyConfig(model=tiny_t5))

@@ -61,3 +61,14 @@ def test_reference_model_loads_safetensors_in_evaluation_mode(tiny_llama, tmp_pa
 def test_a_folder_without_a_model_is_a_model_error(tmp_path):
     with pytest.raises(ModelError, match="does not load"):
         load_reference_model(str(tmp_path))
+
+
+def test_of_an_encoder_decoder_it_is_the_response_given_the_prompt(tiny_t5):
+    model = load_reference_model(tiny_t5)
+    prompts, responses = [[5, 6, 7, 0], [9, 0], [8, 0]], [[20, 21], [22, 23, 24], []]
+    nll, tokens = response_nll(model, prompts, responses, 2, pad_id=1)
+    assert tokens.tolist() == [2, 3, 0]
+    for found, prompt, response in zip(nll[:2], prompts, responses, strict=False):
+        ids = torch.tensor([prompt], device=model.device)
+        labels = torch.tensor([response], device=model.device)
+        assert found == pytest.approx(float(model(input_ids=ids, labels=labels).loss) * len(response), rel=1e-4)

@@ -11,6 +11,7 @@ from test_architectures import COMMON, FAMILIES
 from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig
+from detox_ray.policy.architecture import response_states
 from detox_ray.policy.footprint import activation_bytes, cache_bytes_per_token, skeleton, weight_bytes
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
@@ -25,6 +26,7 @@ def neo(hidden: int, layers: int, heads: int) -> Any:
 
 # The configurations of the published models -> the number of parameters their cards and papers give.
 PUBLISHED: dict[str, tuple[Callable[[], Any], int]] = {
+    "t5-small": (lambda: transformers.T5Config(**{"decoder_start_token_id": 0}), 60_506_624),
     "gpt-neo-125M": (lambda: neo(768, 12, 12), 125_198_592),
     "gpt-neo-2.7B": (lambda: neo(2560, 32, 20), 2_651_307_520),
     "gpt-j-6B": (transformers.GPTJConfig, 6_050_882_784),
@@ -83,7 +85,7 @@ def test_parameters_are_those_of_the_published_models(name: str, tmp_path: Path)
     shape = skeleton(saved(make(), tmp_path), torch.bfloat16)
     assert shape.base_parameters() == parameters
     assert weight_bytes(shape, "none") == 2 * parameters
-    assert activation_bytes(shape, 2, 32, True) < activation_bytes(shape, 2, 32, False)
+    assert activation_bytes(shape, 2, 16, 16, True) < activation_bytes(shape, 2, 16, 16, False)
 
 
 def test_keys_and_values_of_a_token(tmp_path: Path) -> None:
@@ -99,6 +101,24 @@ def test_activations_are_what_a_real_pass_keeps(family: str, tmp_path: Path) -> 
     model_config = getattr(transformers, f"{family}Config")(**COMMON, **FAMILIES[family])
     AutoModelForCausalLM.from_config(model_config).save_pretrained(tmp_path)
     config = PolicyConfig(model=str(tmp_path), quantization="none", lora=LoraConfig(rank=4))
+    # What differs is the attention mask, which some models make otherwise without numbers.
+    assert activation_bytes(skeleton(config, torch.float32), 4, 20, 20, False) == pytest.approx(
+        kept_by_a_pass(config, 20, 20), rel=0.15
+    )
+
+
+def test_activations_of_an_encoder_decoder_are_those_of_both_its_halves(tiny_t5: str) -> None:
+    config = PolicyConfig(model=tiny_t5, quantization="none", lora=LoraConfig(rank=4))
+    shape = skeleton(config, torch.float32)
+    for prompt, response in ((40, 10), (10, 40)):
+        real = kept_by_a_pass(config, prompt, response)
+        assert activation_bytes(shape, 4, prompt, response, False) == pytest.approx(real, rel=0.15)
+    # Keys and values of two decoder layers, of the response and, for the attention between the halves, of the prompt.
+    assert cache_bytes_per_token(shape) == 2 * 2 * 64 * 4
+
+
+def kept_by_a_pass(config: PolicyConfig, prompt: int, response: int) -> int:
+    """Bytes that autograd keeps of four sequences."""
     policy = Policy(config, torch.device("cpu"))
     kept: dict[int, torch.Tensor] = {}
     own = {t.untyped_storage().data_ptr() for t in (*policy.model.parameters(), *policy.model.buffers())}
@@ -108,18 +128,19 @@ def test_activations_are_what_a_real_pass_keeps(family: str, tmp_path: Path) -> 
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids = collate([[5] * 20] * 4, [[6] * 20] * 4, 1).input_ids
+    sequences = collate([[5] * prompt] * 4, [[6] * response] * 4, 1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.trunk(input_ids=ids, use_cache=False)
-    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    # What differs is the attention mask, which some models make otherwise without numbers.
-    assert activation_bytes(skeleton(config, torch.float32), 4, 40, False) == pytest.approx(real, rel=0.15)
+        response_states(policy.model.get_base_model(), sequences)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_t5"])
 @pytest.mark.parametrize(("quantization", "double"), [("none", True), ("nf4", True), ("nf4", False)])
-def test_weights_are_those_of_a_loaded_model(tiny_model: str, quantization: str, double: bool) -> None:
+def test_weights_are_those_of_a_loaded_model(
+    model: str, quantization: str, double: bool, request: pytest.FixtureRequest
+) -> None:
     config = PolicyConfig.model_validate(
-        {"model": tiny_model, "quantization": quantization, "double_quantization": double}
+        {"model": request.getfixturevalue(model), "quantization": quantization, "double_quantization": double}
     )
     base = Policy(config, torch.device("cpu")).model.get_base_model()
     real = 0

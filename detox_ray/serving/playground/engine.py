@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from detox_ray.config import PolicyConfig
-from detox_ray.data.templates import start_ids
+from detox_ray.data.templates import start_ids, stop_ids
 from detox_ray.serving.playground.answers import Piece
 from detox_ray.serving.playground.request import AnswerRequest
 
@@ -80,9 +80,9 @@ class EngineDeployment:
                 ]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        """As in training: the start token, if the model knows one, and the text."""
+        """As in training: the text, with the start and end tokens that the model knows around prompts."""
         ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        return [*start_ids(self._tokenizer), *ids]
+        return [*start_ids(self._tokenizer), *ids, *stop_ids(self._tokenizer)]
 
 
 class PieceTexts:
