@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from families import VOCABULARY, character_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 SHARED = Path(__file__).parents[1].parent / "shared"
-VOCABULARY = 96
 
 
 @pytest.fixture(scope="session")
@@ -60,20 +60,6 @@ def refused_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         return error
 
     return run
-
-
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character; `<eos>` is also the start token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    letters = [chr(c) for c in range(32, 32 + VOCABULARY - 3)]
-    vocabulary = {token: i for i, token in enumerate(["<eos>", "<pad>", "<unk>", *letters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="session")

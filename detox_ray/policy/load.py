@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.falcon import modeling_falcon
+from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from detox_ray.config import PolicyConfig
@@ -86,8 +89,10 @@ def load_base(config: PolicyConfig, device: torch.device) -> PreTrainedModel:
     """The frozen base on `device`, quantised as configured.
 
     Raises:
-        ModelError: it cannot be loaded, or has weights in no safetensors file.
+        ModelError: it cannot be loaded, has weights in no safetensors file, or has no layer that can be quantised.
     """
+    # bitsandbytes is given no subclasses of nn.Linear; Falcon's computes what nn.Linear does.
+    setattr(modeling_falcon, "FalconLinear", nn.Linear)  # noqa: B010 - a class, not a variable, to the type checker
     dtype = compute_dtype(config, device)
     quantization = None
     if config.quantization == "nf4":
@@ -113,11 +118,21 @@ def load_base(config: PolicyConfig, device: torch.device) -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load("model", config.model, error)) from None
+    if quantization is not None and not any(hasattr(module, "source_cls") for module in model.modules()):
+        raise ModelError(
+            f"policy.quantization={config.quantization}: bitsandbytes can quantise no layer of {type(model).__name__}; "
+            "use none"
+        )
     _keep_gradients_right_on_cpu(model)
     return model.requires_grad_(False)
 
 
-def _keep_gradients_right_on_cpu(model: torch.nn.Module) -> None:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a checkpoint has the module's weight as GPT-2 does, [in, out]; also when the module is quantised."""
+    return getattr(module, "source_cls", type(module)) is Conv1D
+
+
+def _keep_gradients_right_on_cpu(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in a scoring pass on AVX512-BF16 CPUs.
 
     The repacked weights give a right loss and wrong gradients ever after (bitsandbytes 0.50).
@@ -136,7 +151,11 @@ def write_dequantized_base(config: PolicyConfig, folder: Path, device: torch.dev
     if folder.exists():
         return folder
     model: Any = load_base(config, device)
+    transposed = [name for name, module in model.named_modules() if is_conv1d(module)]
     model = model.dequantize().to(dtype)
+    for name in transposed:
+        linear = model.get_submodule(name)
+        linear.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")

@@ -12,7 +12,6 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
@@ -24,7 +23,7 @@ from detox_ray.policy.architecture import (
     next_token_logits,
     response_states,
 )
-from detox_ray.policy.load import load_base, load_model_config
+from detox_ray.policy.load import is_conv1d, load_base, load_model_config
 from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.tokens import token_logprobs
 
@@ -170,6 +169,7 @@ def attach_adapter(base: PreTrainedModel, config: PolicyConfig) -> PeftModel:
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # annotated int, but any number works
         lora_dropout=config.lora.dropout,
         target_modules=config.lora.targets,
+        fan_in_fan_out=any(is_conv1d(module) for module in base.modules()),
         base_model_name_or_path=config.model,
     )
     try:
@@ -186,7 +186,9 @@ def _require_targets(base: PreTrainedModel, targets: str | list[str]) -> None:
     names = [name for name, _ in base.named_modules()]
     for target in [] if isinstance(targets, str) else targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            linear = {
+                name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)
+            }
             raise ModelError(
                 f"policy.lora.targets={targets}: the model has no module {target!r}; it has "
                 f"{', '.join(sorted(linear))}: name some of them, or all-linear"

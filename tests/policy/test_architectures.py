@@ -1,12 +1,11 @@
-"""Every decoder-only family of the field, from a tiny random model of its class in hub format."""
+"""What the learner computes and what a worker merges, of every family of the field, against plain `peft`."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
+from families import FAMILIES, save_family
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -17,46 +16,11 @@ from detox_ray.policy.sequences import collate
 from detox_ray.rollout.merge import load_pristine_weights, merged_weights
 
 pytestmark = pytest.mark.unit
-COMMON: dict[str, Any] = {
-    "vocab_size": 96,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-    "initializer_range": 0.2,
-}
-NEO: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128}
-LLAMA: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "GPT2": NEO,
-    "GPTJ": {**NEO, "rotary_dim": 16},
-    "GPTNeo": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
-    "GPTNeoX": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "Falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "OPT": {
-        "hidden_size": 64,
-        "ffn_dim": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "word_embed_proj_dim": 64,
-    },
-    "Llama": LLAMA,
-    "Qwen2": LLAMA,
-    "Qwen3": {**LLAMA, "head_dim": 32},
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_and_merged_weights_are_those_of_peft(family: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model_config = getattr(transformers, f"{family}Config")(**COMMON, **FAMILIES[family])
-    AutoModelForCausalLM.from_config(model_config).save_pretrained(tmp_path / "base")
-    config = PolicyConfig(model=str(tmp_path / "base"), quantization="none", lora=LoraConfig(rank=4))
+    config = PolicyConfig(model=save_family(family, tmp_path / "base"), quantization="none", lora=LoraConfig(rank=4))
     policy = Policy(config, torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in policy.trainable().items():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_architectures import COMMON, FAMILIES
+from families import COMMON, FAMILIES
 from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import COMMON, FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_architectures import COMMON, FAMILIES
 from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 from detox_ray.config import PolicyConfig

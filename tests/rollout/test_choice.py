@@ -13,11 +13,15 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
-        ("LlamaForCausalLM", ("vllm", "merged")),
-        ("Qwen3ForCausalLM", ("vllm", "merged")),
+        ("FalconForCausalLM", ("vllm", "merged")),
         ("GPT2LMHeadModel", ("vllm", "merged")),
-        ("GPTNeoXForCausalLM", ("vllm", "merged")),
+        ("GPTJForCausalLM", ("vllm", "merged")),
         ("GPTNeoForCausalLM", ("transformers", "adapter")),
+        ("GPTNeoXForCausalLM", ("vllm", "merged")),
+        ("LlamaForCausalLM", ("vllm", "merged")),
+        ("OPTForCausalLM", ("vllm", "merged")),
+        ("Qwen2ForCausalLM", ("vllm", "merged")),
+        ("Qwen3ForCausalLM", ("vllm", "merged")),
         ("BloomForCausalLM", ("transformers", "adapter")),
         ("MptForCausalLM", ("transformers", "adapter")),
     ],

@@ -1,6 +1,9 @@
 """The engines, in worker actors, against plain `peft` on the same base: before and after pushes, past a cache block."""
 
 import importlib.util
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +12,21 @@ import numpy as np
 import pytest
 import ray
 import torch
+from families import FAMILIES, save_family
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
 from detox_ray.errors import SyncError
+from detox_ray.plan import plan_engine, with_dequantized_base
 from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.policy.load import write_dequantized_base
-from detox_ray.policy.policy import Policy, canary_of
+from detox_ray.policy.policy import Canary, Policy, canary_of
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import canary_gaps
 from detox_ray.rollout.worker import start_workers, stop_workers
+from detox_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.e2e
 TOLERANCE = 1e-4
@@ -132,3 +138,35 @@ def fixed(worker: Any, model: Any) -> None:
             return output
 
     assert largest_difference(rollouts, Warm(), suppressed=(0,)) <= TOLERANCE
+
+
+def test_a_push_to_vllm_is_exact_in_every_family_it_serves(tmp_path: Path) -> None:
+    """Llama is pushed to above, and Qwen2 differs from Qwen3 by less than either from the others."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    tasks, expected = {}, {}
+    for family in FAMILIES.keys() - {"GPTNeo", "Llama", "Qwen2"}:
+        tasks[family], expected[family] = push_of(family, tmp_path)
+    file = tmp_path / "tasks"
+    file.write_bytes(pickle.dumps(list(tasks.values())))
+    script = Path(__file__).with_name("push_in_turn.py")
+    done = subprocess.run([sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for family, (before, after) in zip(tasks, pickle.loads(file.read_bytes()), strict=True):
+        base, tuned = expected[family]
+        assert canary_gaps(before, base).max() <= TOLERANCE, family
+        assert canary_gaps(after, tuned).max() <= TOLERANCE, family
+        assert canary_gaps(before, tuned).max() > 0.05, family
+
+
+def push_of(family: str, folder: Path) -> tuple[tuple[EngineSpec, Adapter, list[list[int]]], tuple[Canary, Canary]]:
+    """What an engine is asked on the family's NF4 base, and the learner's canary before and after."""
+    config = PolicyConfig(model=save_family(family, folder / family), lora=LoraConfig(rank=4))
+    rollout = RolloutConfig(kv_cache_mib=16)
+    spec, line = plan_engine(config, rollout, 60, torch.device("cpu"))
+    assert line.startswith("rollout engine: vllm, adapters merged (vLLM serves ")
+    spec = with_dequantized_base(spec, config, rollout, RunFolder(folder), torch.device("cpu"))
+    policy = Policy(config, torch.device("cpu"))
+    base = policy.canary(150)
+    adapter = random_adapter(policy, 0)
+    return (spec, adapter, base.prefixes), (base, policy.canary(150))
