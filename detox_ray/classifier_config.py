@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from detox_ray.config_section import Section, absolute_path, cache_folder
+from detox_ray.config_section import CustomResources, Section, absolute_path, cache_folder
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -81,6 +81,7 @@ class ClassifierConfig(Section):
     replicas: int = Field(1, ge=1, description="Serve replicas")
     num_cpus: float = Field(0.1, ge=0, description="Ray CPUs of a replica")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of a replica")
+    resources: CustomResources = Field({}, description="custom Ray resources of a replica: the nodes it may be on")
     perspective: PerspectiveConfig | None = Field(None, description="only kind: perspective")
     module: str = Field("toxicity", description="evaluate: the measurement, a hub id or a local script or its folder")
     trust_module: bool = Field(False, description="evaluate: run the code of a measurement from the hub")

@@ -260,13 +260,14 @@ def plan(
     overrides: Overrides = None,
     gpu_memory_gib: Annotated[float | None, typer.Option(help="of one GPU; none: that of the GPU here")] = None,
 ) -> None:
-    """Say how much memory a run needs, by role and device, and refuse one that cannot fit; loads nothing."""
+    """Say what a run needs of memory and of Ray, by role, and refuse one that cannot fit; loads nothing."""
     from detox_ray import memory_plan
     from detox_ray.data.lab import resolve_lab
+    from detox_ray.placement import placement_table, placements
 
     settings = resolve_lab(load_config(config, overrides or []))
     planned = memory_plan.plan_memory(settings)
-    Console().print(memory_plan.memory_table(planned))
+    Console().print(memory_plan.memory_table(planned), placement_table(placements(settings)))
     memory_plan.check_memory(planned, *memory_plan.available_memory(settings, gpu_memory_gib))
 
 

@@ -3,80 +3,37 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from detox_ray.config import Config, LearnerConfig, RayConfig, RolloutConfig
+from detox_ray.config import RayConfig
 from detox_ray.errors import ConfigError
+from detox_ray.placement import Capacity, Placement, shortage
+from detox_ray.terminal import Terminal
 
 OBJECT_STORE_BYTES = 512 * 2**20
 CONNECT_TIMEOUT_S = 10.0
+# What each node must answer before anything is placed on it; starting a worker process takes seconds.
+NODE_TIMEOUT_S = 60.0
 
 
-def cpus_needed(config: Config) -> float:
-    """Ray CPUs of rollout workers, learners and classifier replicas together."""
-    classifiers = sum(c.num_cpus * c.replicas for c in config.reward.classifiers)
-    return config.rollout.workers * config.rollout.num_cpus + config.train.workers * config.train.num_cpus + classifiers
-
-
-def gpus_needed(config: Config) -> float:
-    """Ray GPUs, likewise."""
-    classifiers = sum(c.num_gpus * c.replicas for c in config.reward.classifiers)
-    return config.rollout.workers * config.rollout.num_gpus + config.train.workers * config.train.num_gpus + classifiers
-
-
-def check_resources(config: Config, available: dict[str, float]) -> None:
-    """Refuse a configuration that would wait for ever for CPUs or GPUs.
-
-    Raises:
-        ConfigError: more is needed than there is.
-    """
-    for kind, needed in (("CPU", cpus_needed(config)), ("GPU", gpus_needed(config))):
-        if needed > available.get(kind, 0) + 1e-6:
-            lower = kind.lower()
-            raise ConfigError(
-                f"this run needs {needed:g} {kind}s ({config.rollout.workers} rollout workers x "
-                f"{getattr(config.rollout, f'num_{lower}s'):g}, {config.train.workers} learners x "
-                f"{getattr(config.train, f'num_{lower}s'):g}, the rest classifiers) and Ray has "
-                f"{available.get(kind, 0):g}; lower rollout.workers or num_{lower}s of rollout, train, classifiers"
-            )
-
-
-def check_rollout_resources(rollout: RolloutConfig, available: dict[str, float]) -> None:
-    """As `check_resources`, of rollout workers alone.
-
-    Raises:
-        ConfigError: more is needed than there is.
-    """
-    _check_workers("rollout workers", "rollout", rollout, available)
-
-
-def check_learner_resources(learners: LearnerConfig, available: dict[str, float]) -> None:
-    """As `check_resources`, of learners alone.
-
-    Raises:
-        ConfigError: more is needed than there is.
-    """
-    _check_workers("learners", "train", learners, available)
-
-
-def _check_workers(what: str, section: str, config: RolloutConfig | LearnerConfig, available: dict[str, float]) -> None:
-    for kind, each in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
-        if config.workers * each > available.get(kind, 0) + 1e-6:
-            raise ConfigError(
-                f"{config.workers} {what} x {each:g} need {config.workers * each:g} {kind}s and Ray has "
-                f"{available.get(kind, 0):g}; lower {section}.workers or {section}.num_{kind.lower()}s"
-            )
-
-
-def local_resources(config: RayConfig) -> dict[str, float]:
+def local_capacity(config: RayConfig) -> Capacity:
     """What a local Ray of this configuration would have, without starting it."""
     import torch
 
-    return {"CPU": config.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    return Capacity([{"CPU": config.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
+
+
+def cluster_capacity() -> Capacity:
+    """What the nodes of the connected Ray have, and what its autoscaler (version 2) can add to them."""
+    import ray
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config() or {}
+    return Capacity([node["Resources"] for node in ray.nodes() if node["Alive"]], {**most})
 
 
 def cluster_address(config: RayConfig) -> str | None:
@@ -85,14 +42,15 @@ def cluster_address(config: RayConfig) -> str | None:
 
 
 @contextmanager
-def ray_session(config: RayConfig, check: Callable[[dict[str, float]], None], log_folder: Path) -> Iterator[None]:
+def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path) -> Iterator[None]:
     """Ray for the length of a run; a local one is shut down at the end, a cluster is left running.
 
-    `check` is given what Ray has (`{"CPU": ..., "GPU": ...}`) and refuses what does not fit; `log_folder` becomes a
-    link to the logs of the Ray session, where everything the workers print goes.
+    `check` is given what Ray has and refuses what does not fit; `logs`, in the run's folder, becomes a link to the logs
+    of the Ray session, where everything the workers print goes.
 
     Raises:
-        ConfigError: the address does not answer, or Ray has fewer CPUs or GPUs than the run needs.
+        ConfigError: the address does not answer, Ray there is another version, has less than the run needs, or has
+            nodes that do not see the run's folder.
     """
     import ray
 
@@ -103,11 +61,12 @@ def ray_session(config: RayConfig, check: Callable[[dict[str, float]], None], lo
         _check_answers(address)
     if ray.is_initialized():
         # The caller's own Ray, say a notebook's: use it and leave it.
-        check(ray.cluster_resources())
+        check(cluster_capacity())
+        check_nodes_see(logs.parent)
         yield
         return
     if address is None:
-        check(local_resources(config))
+        check(local_capacity(config))
         ray.init(
             address="local",
             num_cpus=config.num_cpus,
@@ -120,18 +79,62 @@ def ray_session(config: RayConfig, check: Callable[[dict[str, float]], None], lo
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(_no_answer(address, str(error).split("\n")[0])) from None
+            raise ConfigError(_refusal(address, str(error))) from None
     try:
-        check(ray.cluster_resources())
-        link_logs(log_folder, ray.get_runtime_context().get_session_name())
+        check(cluster_capacity())
+        check_nodes_see(logs.parent)
+        found = ray.get_runtime_context()
+        link_logs(logs, Path(found.get_temp_dir()) / found.get_session_name() / "logs")
         yield
     finally:
         ray.shutdown()
 
 
-def link_logs(link: Path, session: str) -> None:
+def check_nodes_see(folder: Path) -> None:
+    """Ask every node but this one for the folder, and to write there: learners and rollout workers use it.
+
+    Raises:
+        ConfigError: a node has no such folder, cannot write to it, or does not answer.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here}
+    ask = ray.remote(num_cpus=0, max_retries=0)(_is_writable)
+    answers = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(folder))
+        for node in others
+    ]
+    for address, answer in zip(others.values(), answers, strict=True):
+        try:
+            sees = ray.get(answer, timeout=NODE_TIMEOUT_S)
+        except GetTimeoutError:
+            raise ConfigError(
+                f"node {address} of the cluster does not start a process within {NODE_TIMEOUT_S:g} s; see `ray status`"
+            ) from None
+        if not sees:
+            raise ConfigError(
+                f"output_dir: node {address} of the cluster cannot write to {folder}; "
+                "choose a folder on storage that every node mounts at the same path"
+            )
+
+
+def wait_in_words(needed: Sequence[Placement], terminal: Terminal) -> None:
+    """Say what the run has to wait for because others on the cluster hold it, if there is such."""
+    import ray
+
+    if (missing := shortage(needed, ray.available_resources())) is not None:
+        terminal.stage(missing)
+
+
+def _is_writable(folder: str) -> bool:
+    return os.access(folder, os.W_OK)
+
+
+def link_logs(link: Path, logs: Path) -> None:
     """Make `link` point to the logs of a Ray session on this machine, where that is possible."""
-    logs = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / session / "logs"
     with suppress(OSError):
         link.unlink(missing_ok=True)
         link.symlink_to(logs)
@@ -139,13 +142,35 @@ def link_logs(link: Path, session: str) -> None:
 
 def _check_answers(address: str) -> None:
     """Ask the port before Ray does, which would wait for a minute."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if "://" in address:
+        raise ConfigError(
+            f"ray.address={address}: a run's driver must be in the cluster; give the head node's host:port, or submit: "
+            "`ray job submit --working-dir . -- detox-ray train ...`"
+        )
+    host, _, port = address.rpartition(":")
     if not port.isdigit():
         return
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(_no_answer(address, error.strerror or str(error))) from None
+    if "RAY_USE_TLS" in os.environ:
+        return
+    import grpc
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise ConfigError(_no_answer(address, "something else than Ray listens there")) from None
+
+
+def _refusal(address: str, reason: str) -> str:
+    """Why `ray.init` did not connect, in one line."""
+    if "Version mismatch" in reason:
+        versions = [line.strip() for line in reason.splitlines() if "Ray: " in line or "Python: " in line]
+        return f"ray.address={address} is another Ray or Python than this one; use the cluster's: {', '.join(versions)}"
+    return _no_answer(address, reason.strip().split("\n")[0])
 
 
 def _no_answer(address: str, reason: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from detox_ray.classifier_config import ClassifierConfig, classifier_identity, make_classifier_absolute
-from detox_ray.config_section import Section, absolute_path
+from detox_ray.config_section import CustomResources, Section, absolute_path
 from detox_ray.ppo_config import PPOConfig
 
 # Published files of dialogues and pairs, and any other file with a column of prompts and one of responses.
@@ -159,6 +159,7 @@ class RolloutConfig(Section):
     workers: int = Field(1, ge=1, description="rollout actors")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one worker")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one worker")
+    resources: CustomResources = Field({}, description="custom Ray resources of one worker: the nodes it may be on")
     samples_per_prompt: int = Field(1, ge=1, description="responses to each prompt of a batch")
     max_new_tokens: int = Field(20, ge=1, description="longest response, in tokens")
     temperature: float = Field(
@@ -239,6 +240,7 @@ class LearnerConfig(Section):
     workers: int = Field(1, ge=1, description="learner processes (data parallel)")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one learner")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one learner")
+    resources: CustomResources = Field({}, description="custom Ray resources of one learner: the nodes it may be on")
     threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
     max_failures: int = Field(3, ge=0, description="learner crashes survived within one command")
 

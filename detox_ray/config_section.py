@@ -2,11 +2,24 @@
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 LAB_PREFIX = "lab:"
+
+
+def _are_custom(resources: dict[str, float]) -> dict[str, float]:
+    for name, amount in resources.items():
+        if name in {"CPU", "GPU", "memory", "object_store_memory"}:
+            raise ValueError(f"resources.{name}: only resources of your own; CPUs and GPUs are num_cpus and num_gpus")
+        if amount > 1 and amount != int(amount):
+            raise ValueError(f"resources.{name}={amount:g}: above 1 Ray takes whole numbers only")
+    return resources
+
+
+# Names given to `ray start --resources`; a worker is placed on a node that has them.
+CustomResources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_are_custom)]
 
 
 def cache_folder() -> Path:

@@ -1,11 +1,11 @@
 """The run, told in the order it happens: a language model goes in, a less toxic one comes out, with the evidence."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from detox_ray.cluster import check_resources, ray_session
+from detox_ray.cluster import cluster_address, ray_session, wait_in_words
 from detox_ray.config import Config, RewardConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.evaluation.during_training import HeldoutEvaluation
@@ -13,11 +13,13 @@ from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.learner.train_loop import LearnerTask, train_loop
 from detox_ray.measurement import answer, judge_and_report, rollout_workers
 from detox_ray.meter_config import meter_of_run
+from detox_ray.placement import check_placements, placements
 from detox_ray.plan import Plan, prepare
 from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream, sampling_of
 from detox_ray.schedule import Schedule
+from detox_ray.serving.app_guard import guarded_app
 from detox_ray.serving.reward_app import RewardClient, delete_reward_app, deploy_reward_app, fit_and_apply_calibration
 from detox_ray.serving.scorer import RolloutScorer
 from detox_ray.terminal import Terminal
@@ -44,7 +46,9 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
         return finished
-    with ray_session(plan.config.ray, partial(check_resources, plan.config), plan.run.ray_logs):
+    needed = placements(plan.config)
+    with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
+        wait_in_words(needed, terminal)
         terminal.stage("starting rollout workers and reward classifiers")
         with rollout_workers(plan.engine, plan.config.rollout) as workers, reward_app(plan) as reward:
             pool = worker_pool(plan, workers)
@@ -80,11 +84,13 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
 @contextmanager
 def reward_app(plan: Plan) -> Iterator[RewardConfig]:
     """The reward ensemble on Serve; yields the reward's configuration, calibrated if the run did that before."""
-    deploy_reward_app(plan.config.reward, plan.app_name)
-    try:
-        yield plan.run.read_calibrated() or plan.config.reward
-    finally:
-        delete_reward_app(plan.app_name)
+    outlives_us = cluster_address(plan.config.ray) is not None
+    with guarded_app(plan.app_name) if outlives_us else nullcontext():
+        deploy_reward_app(plan.config.reward, plan.app_name)
+        try:
+            yield plan.run.read_calibrated() or plan.config.reward
+        finally:
+            delete_reward_app(plan.app_name)
 
 
 def calibrated_reward(pool: WorkerPool, reward: RewardConfig, plan: Plan) -> RewardConfig:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from detox_ray.cluster import check_rollout_resources, cluster_address, local_resources, ray_session
+from detox_ray.cluster import cluster_address, local_capacity, ray_session, wait_in_words
 from detox_ray.config import PolicyConfig, RolloutConfig
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError
@@ -27,6 +27,7 @@ from detox_ray.evaluation.sampled_file import FOLDER as SAMPLED_FOLDER
 from detox_ray.evaluation.sampled_file import SampledFile
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.meter_config import MeterConfig, SystemConfig, meter_config
+from detox_ray.placement import check_placements, rollout_placement
 from detox_ray.plan import canary_tolerance, plan_engine, with_dequantized_base, with_lab
 from detox_ray.policy.adapter import load_adapter
 from detox_ray.policy.load import load_tokenizer
@@ -73,16 +74,17 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
     config = with_lab(given.with_absolute_paths(), terminal)
     for scorer in config.scorers:
         check_classifier(scorer)
-    check = partial(check_rollout_resources, config.rollout)
+    needed = [rollout_placement(config.rollout)]
     if cluster_address(config.ray) is None:
-        check(local_resources(config.ray))
+        check_placements(needed, local_capacity(config.ray))
     files = _read_files(config, terminal)
     folder = RunFolder.claim(config.folder)
     terminal.stage(f"evaluation folder {folder.path}")
     bases = [_plan_base(systems, config, folder, terminal) for systems in _by_base(config.systems)]
     answers = {name: [file.responses for file in of_system] for name, of_system in files.items()}
     if bases:
-        with ray_session(config.ray, check, folder.ray_logs):
+        with ray_session(config.ray, partial(check_placements, needed), folder.ray_logs):
+            wait_in_words(needed, terminal)
             for base in bases:
                 answers |= {r.name: [r] for r in _answers_on(base, config, folder, terminal)}
     systems = [responses for system in config.systems for responses in answers[system.name]]

@@ -9,9 +9,10 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification
 
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.cluster import cluster_address, gpus_needed
+from detox_ray.cluster import cluster_address
 from detox_ray.config import Config
 from detox_ray.errors import ConfigError
+from detox_ray.placement import placements, total_needed
 from detox_ray.policy.footprint import (
     Skeleton,
     activation_bytes,
@@ -115,7 +116,8 @@ def available_memory(config: Config, gpu_memory_gib: float | None) -> tuple[floa
         gpu: float | None = gpu_memory_gib * GIB
     else:
         gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    elsewhere = cluster_address(config.ray) is not None or (gpus_needed(config) > 0 and not torch.cuda.is_available())
+    gpus = total_needed(placements(config)).get("GPU", 0)
+    elsewhere = cluster_address(config.ray) is not None or (gpus > 0 and not torch.cuda.is_available())
     return gpu, None if elsewhere else float(psutil.virtual_memory().available)
 
 

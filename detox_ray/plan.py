@@ -6,13 +6,14 @@ from uuid import uuid4
 
 import torch
 
-from detox_ray.cluster import check_resources, cluster_address, local_resources
+from detox_ray.cluster import cluster_address, local_capacity
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.config_section import S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
 from detox_ray.evaluation.perplexity import load_reference_model
+from detox_ray.placement import check_placements, placements
 from detox_ray.policy.load import (
     compute_dtype,
     end_token_ids,
@@ -61,7 +62,7 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
         ConfigError, DataError, ModelError: something does not fit.
     """
     if cluster_address(config.ray) is None:
-        check_resources(config, local_resources(config.ray))
+        check_placements(placements(config), local_capacity(config.ray))
     given = config.with_absolute_paths()
     config = with_lab(given, terminal)
     for classifier in [*config.reward.classifiers, config.evaluation.judge]:

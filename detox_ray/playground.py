@@ -128,7 +128,8 @@ def for_one_reader(scorer: ClassifierConfig) -> ClassifierConfig:
 
     It reads a few texts at a time, so it waits for no CPU or GPU of its own, which may not be here.
     """
-    return scorer.model_copy(update={"calibration": "none", "replicas": 1, "num_cpus": 0.0, "num_gpus": 0.0})
+    none = {"num_cpus": 0.0, "num_gpus": 0.0, "resources": {}}
+    return scorer.model_copy(update={"calibration": "none", "replicas": 1, **none})
 
 
 def page_setup(run: RunFolder, config: Config, adapters: list[str], prompts: list[OfferedPrompt]) -> PageSetup:

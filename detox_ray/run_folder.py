@@ -19,13 +19,14 @@ from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE, S
 
 # May differ between a run and its continuation: where and how patiently it runs, not what it computes.
 PLACEMENT = (
-    "ray.", "output_dir", "name", "rollout.num_cpus", "rollout.num_gpus", "rollout.canary_tolerance",
-    "rollout.max_logprob_gap", "rollout.timeout_s", "rollout.start_timeout_s", "rollout.kv_cache_mib",
-    "reward.timeout_s", "reward.retries", "train.num_cpus", "train.num_gpus", "train.threads", "train.max_failures",
-    "train.checkpoint_every",
+    "ray.", "output_dir", "name", "rollout.num_cpus", "rollout.num_gpus", "rollout.resources",
+    "rollout.canary_tolerance", "rollout.max_logprob_gap", "rollout.timeout_s", "rollout.start_timeout_s",
+    "rollout.kv_cache_mib",
+    "reward.timeout_s", "reward.retries", "train.num_cpus", "train.num_gpus", "train.resources",
+    "train.threads", "train.max_failures", "train.checkpoint_every",
 )  # fmt: skip
 CLASSIFIER_PLACEMENT = (
-    "replicas", "num_cpus", "num_gpus", "batch_size",
+    "replicas", "num_cpus", "num_gpus", "resources", "batch_size",
     "api_key_env", "cache", "requests_per_second", "retries", "timeout_s",
 )  # fmt: skip
 
@@ -166,7 +167,7 @@ class RunFolder:
 
 def _is_placement(key: str) -> bool:
     if key.startswith("reward.classifiers.") or key.startswith("evaluation.judge."):
-        return key.rpartition(".")[2] in CLASSIFIER_PLACEMENT
+        return not {*CLASSIFIER_PLACEMENT}.isdisjoint(key.split("."))
     return key.startswith(PLACEMENT)
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from detox_ray.cluster import check_learner_resources, cluster_address, local_resources, ray_session
+from detox_ray.cluster import cluster_address, local_capacity, ray_session, wait_in_words
 from detox_ray.data.example_split import ExampleSplit, load_examples
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.learner.sft_loop import TuningTask, sft_loop
 from detox_ray.metrics_file import FINE_TUNING_FILE
+from detox_ray.placement import check_placements, learner_placement
 from detox_ray.plan import with_lab
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
@@ -57,7 +58,9 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
     if result_file.exists():
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         return json.loads(result_file.read_text(encoding="utf-8"))
-    with ray_session(plan.config.ray, partial(check_learner_resources, plan.config.train), plan.run.ray_logs):
+    needed = [learner_placement(plan.config.train)]
+    with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
+        wait_in_words(needed, terminal)
         terminal.stage(f"training for at most {plan.total_steps} steps")
         with terminal.follow_steps(plan.run.metrics_file, plan.total_steps, tuning_line):
             fit(plan)
@@ -78,7 +81,7 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
         ConfigError, DataError, ModelError: something does not fit.
     """
     if cluster_address(config.ray) is None:
-        check_learner_resources(config.train, local_resources(config.ray))
+        check_placements([learner_placement(config.train)], local_capacity(config.ray))
     given = config.with_absolute_paths()
     config = with_lab(given, terminal)
     positions = getattr(load_model_config(config.policy), "max_position_embeddings", config.data.max_tokens)

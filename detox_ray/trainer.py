@@ -41,7 +41,7 @@ def run_learners(
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.num_gpus > 0,
-            resources_per_worker={"CPU": config.num_cpus, "GPU": config.num_gpus},
+            resources_per_worker={"CPU": config.num_cpus, "GPU": config.num_gpus, **config.resources},
         ),
         run_config=RunConfig(
             name=run.checkpoints.name,

@@ -5,7 +5,6 @@ import pytest
 import yaml
 
 from detox_ray import ConfigError, load_config
-from detox_ray.cluster import check_resources, cpus_needed
 from detox_ray.config_file import dump_config, parse_config, parse_section
 from detox_ray.meter_config import MeterConfig, meter_config
 from detox_ray.sft_config import SFTConfig, load_sft_config
@@ -104,11 +103,3 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="is not YAML"):
         load_config(tmp_path / "broken.yaml")
-
-
-def test_more_workers_than_cpus_are_refused() -> None:
-    config = parse_config({**MINIMAL, "rollout": {"workers": 4, "num_cpus": 1}})
-    assert cpus_needed(config) == pytest.approx(5.1)
-    with pytest.raises(ConfigError, match=r"needs 5\.1 CPUs.*Ray has 2.*lower rollout\.workers"):
-        check_resources(config, {"CPU": 2})
-    check_resources(config, {"CPU": 5.1})

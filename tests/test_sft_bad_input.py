@@ -90,7 +90,7 @@ def test_a_tokenizer_without_end_token(refused: Refused, tiny_model: str, tmp_pa
 def test_learners(refused: Refused) -> None:
     assert "train.batch_size=32 is not a multiple of train.workers=3" in refused("train.workers=3")
     local = ("ray.address=null",)
-    assert "40 learners x 1 need 40 CPUs" in refused(*local, "train.workers=40", "train.batch_size=40")
+    assert "this needs 40 CPUs (40 x learner with 1)" in refused(*local, "train.workers=40", "train.batch_size=40")
 
 
 def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def start_workers(spec: EngineSpec, config: RolloutConfig) -> list[Any]:
     actor = ray.remote(RolloutWorker).options(
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
+        resources=config.resources,
         max_restarts=-1,
         runtime_env={"env_vars": environment},
     )

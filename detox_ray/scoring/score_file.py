@@ -24,6 +24,7 @@ from detox_ray.config import RayConfig
 from detox_ray.data.tables import FileSurvey, described, read_tables, require_columns, survey
 from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError
 from detox_ray.metrics_file import write_atomically
+from detox_ray.placement import Capacity
 from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.run_folder import CLASSIFIER_PLACEMENT
 from detox_ray.scoring.folder import SUMMARY_FILE, ScoredFolder
@@ -270,13 +271,13 @@ def _room(gpus: float, available: dict[str, float]) -> int:
     return max(1, int(min(room, available.get("GPU", 0) / gpus) if gpus else room))
 
 
-def _check_room(workers: int, gpus: float, available: dict[str, float]) -> None:
+def _check_room(workers: int, gpus: float, capacity: Capacity) -> None:
     """Raises:
     ConfigError: there are fewer CPUs or GPUs than the workers need, which would wait for them for ever.
     """
     for kind, needed in (("CPU", workers * WORKER_CPUS), ("GPU", workers * gpus)):
-        if needed > available.get(kind, 0) + 1e-6:
-            there_are = f"{available.get(kind, 0):g}"
+        if needed > capacity.total(kind) + 1e-6:
+            there_are = f"{capacity.total(kind):g}"
             raise ConfigError(
                 f"{workers} scoring workers need {needed:g} {kind}s and Ray has {there_are}; lower workers"
             )

@@ -1,7 +1,6 @@
 """Serve with its HTTP proxy for the length of a command, on a local Ray or a running one."""
 
 import logging
-import os
 import signal
 import socket
 import threading
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from detox_ray.cluster import OBJECT_STORE_BYTES
+from detox_ray.cluster import OBJECT_STORE_BYTES, cluster_address
 from detox_ray.config import RayConfig
 from detox_ray.errors import ConfigError
 
@@ -18,15 +17,19 @@ from detox_ray.errors import ConfigError
 def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s: float | None) -> Iterator[str]:
     """Ray and Serve, listening; yields the address. What was started is shut down at the end, and only that.
 
+    On a cluster the caller deletes its app; Serve stays there if it ran before or others have deployed to it since.
+
     Raises:
         ConfigError: the port is taken.
     """
     import ray
     from ray import serve
 
+    from detox_ray.serving.app_guard import is_serve_running
+
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    address = ray_config.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = cluster_address(ray_config) or "local"
     ours = not ray.is_initialized()
     if ours:
         local: dict[str, Any] = {}
@@ -38,12 +41,14 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
                 "include_dashboard": False,
             }
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    found = is_serve_running()
     try:
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s})
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
-        if ours:
+        if ours and (address == "local" or not (found or serve.status().applications)):
             serve.shutdown()
+        if ours:
             ray.shutdown()
 
 

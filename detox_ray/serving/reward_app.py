@@ -264,7 +264,12 @@ def build_reward_app(
             **_lifecycle(drain_s),
             **({"autoscaling_config": scaling[c.name]} if c.name in scaling else {"num_replicas": c.replicas}),
             max_constructor_retry_count=2,
-            ray_actor_options={"num_cpus": c.num_cpus, "num_gpus": c.num_gpus, "runtime_env": runtime_env},
+            ray_actor_options={
+                "num_cpus": c.num_cpus,
+                "num_gpus": c.num_gpus,
+                "resources": c.resources,
+                "runtime_env": runtime_env,
+            },
         )(ClassifierDeployment).bind(c)
         for c in config.classifiers
     }

@@ -1,0 +1,143 @@
+"""What the workers of each role take from Ray's nodes, and whether there is that much."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.table import Table
+
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.config import Config, LearnerConfig, RolloutConfig
+from detox_ray.errors import ConfigError
+
+Resources = dict[str, float]
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The workers of one role: `each` is what one of them takes on its node, by Ray resource."""
+
+    role: str
+    section: str  # of the configuration, where these numbers stand
+    count: int
+    each: Resources
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What each of Ray's nodes has, and what an autoscaler can have at most over all (nothing: there is none)."""
+
+    nodes: list[Resources]
+    most: Resources = field(default_factory=dict)
+
+    def total(self, resource: str) -> float:
+        """Of all nodes together, also of those that an autoscaler would still start."""
+        return max(sum(node.get(resource, 0) for node in self.nodes), self.most.get(resource, 0))
+
+
+def placements(config: Config) -> list[Placement]:
+    """The roles of a training run."""
+    return [
+        rollout_placement(config.rollout),
+        learner_placement(config.train),
+        *(_classifier_placement(classifier, i) for i, classifier in enumerate(config.reward.classifiers)),
+    ]
+
+
+def rollout_placement(rollout: RolloutConfig) -> Placement:
+    """The rollout workers, which a run and an evaluation have."""
+    return Placement("rollout worker", "rollout", rollout.workers, _each(rollout))
+
+
+def learner_placement(train: LearnerConfig) -> Placement:
+    """The learners, which a run and a fine-tuning have."""
+    return Placement("learner", "train", train.workers, _each(train))
+
+
+def check_placements(needed: Sequence[Placement], capacity: Capacity) -> None:
+    """Refuse what would wait for ever.
+
+    Raises:
+        ConfigError: all roles together need more of a resource than there is, or no node has what one worker needs.
+    """
+    for resource, amount in total_needed(needed).items():
+        if amount > capacity.total(resource) + ROUNDING:
+            takers = [p for p in needed if resource in p.each]
+            listed = ", ".join(f"{p.count} x {p.role} with {p.each[resource]:g}" for p in takers)
+            raise ConfigError(
+                f"this needs {_amount(resource, amount)} ({listed}) and Ray has {capacity.total(resource):g}; "
+                f"lower {_settings(takers, resource)}{_or_start(resource)}"
+            )
+    if capacity.most:
+        return
+    for placement in needed:
+        if not any(_has(node, placement.each) for node in capacity.nodes):
+            together = ", ".join(_amount(resource, amount) for resource, amount in placement.each.items())
+            raise ConfigError(
+                f"no node of the cluster has what one {placement.role} needs together: {together}; "
+                f"lower its numbers in {placement.section}, or start such a node"
+            )
+
+
+def shortage(needed: Sequence[Placement], free: Resources) -> str | None:
+    """What others hold of what is needed, in words; None: nothing."""
+    missing = [
+        f"{amount:g} {resource} ({max(0.0, free.get(resource, 0)):g} free)"
+        for resource, amount in total_needed(needed).items()
+        if amount > free.get(resource, 0) + ROUNDING
+    ]
+    return f"waiting until others on this cluster give back {', '.join(missing)}" if missing else None
+
+
+def total_needed(needed: Iterable[Placement]) -> Resources:
+    """Of all workers of all roles, by resource."""
+    total: Resources = {}
+    for placement in needed:
+        for resource, amount in placement.each.items():
+            total[resource] = total.get(resource, 0) + placement.count * amount
+    return total
+
+
+def placement_table(needed: Sequence[Placement]) -> Table:
+    """What Ray is asked for: a row a role, a column a resource."""
+    total = total_needed(needed)
+    table = Table(title="Ray resources of one worker", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("role")
+    for resource in total:
+        table.add_column(resource, justify="right", no_wrap=True)
+    for placement in needed:
+        amounts = [f"{placement.each[r]:g}" if r in placement.each else "" for r in total]
+        table.add_row(f"{placement.count} x {placement.role}", *amounts)
+    table.add_row("together", *(f"{amount:g}" for amount in total.values()))
+    return table
+
+
+def _classifier_placement(classifier: ClassifierConfig, index: int) -> Placement:
+    section = f"reward.classifiers.{index}"
+    return Placement(f"classifier {classifier.name}", section, classifier.replicas, _each(classifier))
+
+
+def _each(config: RolloutConfig | LearnerConfig | ClassifierConfig) -> Resources:
+    asked = {"CPU": config.num_cpus, "GPU": config.num_gpus, **config.resources}
+    return {resource: amount for resource, amount in asked.items() if amount > 0}
+
+
+def _has(node: Resources, each: Resources) -> bool:
+    return all(amount <= node.get(resource, 0) + ROUNDING for resource, amount in each.items())
+
+
+def _amount(resource: str, amount: float) -> str:
+    return f"{amount:g} {resource}s" if resource in ("CPU", "GPU") else f"{amount:g} of {resource!r}"
+
+
+def _settings(takers: Sequence[Placement], resource: str) -> str:
+    counts = [f"{p.section}.{'replicas' if 'classifiers' in p.section else 'workers'}" for p in takers if p.count > 1]
+    key = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(resource, f"resources.{resource}")
+    return ", ".join([*counts, *(f"{p.section}.{key}" for p in takers)])
+
+
+def _or_start(resource: str) -> str:
+    if resource in ("CPU", "GPU"):
+        return ""
+    return f", or start nodes with `ray start --resources='{{\"{resource}\": ...}}'`"
