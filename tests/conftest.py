@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCABULARY, character_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
