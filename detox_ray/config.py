@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from detox_ray.classifier_config import ClassifierConfig, classifier_identity, make_classifier_absolute
 from detox_ray.config_section import CustomResources, Section, absolute_path
 from detox_ray.ppo_config import PPOConfig
+from detox_ray.tracking_config import TrackingConfig
 
 # Published files of dialogues and pairs, and any other file with a column of prompts and one of responses.
 DialogueFormat = Literal["dialoconan", "multitarget_conan", "dialogsum", "paradetox", "pairs"]
@@ -300,6 +301,7 @@ class RunSettings(Section):
     output_dir: str = Field("runs", description="folder of run folders")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     ray: RayConfig = RayConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def run_dir(self) -> Path:

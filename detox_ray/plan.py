@@ -27,6 +27,7 @@ from detox_ray.rewards.shaping import load_term
 from detox_ray.rollout.engine import EngineSpec, choose_engine
 from detox_ray.run_folder import RunFolder
 from detox_ray.terminal import Terminal
+from detox_ray.tracking.tracker import check_tracking
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
         check_placements(placements(config), local_capacity(config.ray))
     given = config.with_absolute_paths()
     config = with_lab(given, terminal)
+    check_tracking(config.tracking)
     for classifier in [*config.reward.classifiers, config.evaluation.judge]:
         check_classifier(classifier)
     for extra in config.reward.shaping.extra:

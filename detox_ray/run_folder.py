@@ -19,7 +19,7 @@ from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE, S
 
 # May differ between a run and its continuation: where and how patiently it runs, not what it computes.
 PLACEMENT = (
-    "ray.", "output_dir", "name", "rollout.num_cpus", "rollout.num_gpus", "rollout.resources",
+    "ray.", "tracking.", "output_dir", "name", "rollout.num_cpus", "rollout.num_gpus", "rollout.resources",
     "rollout.canary_tolerance", "rollout.max_logprob_gap", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.kv_cache_mib",
     "reward.timeout_s", "reward.retries", "train.num_cpus", "train.num_gpus", "train.resources",
@@ -29,6 +29,8 @@ CLASSIFIER_PLACEMENT = (
     "replicas", "num_cpus", "num_gpus", "resources", "batch_size",
     "api_key_env", "cache", "requests_per_second", "retries", "timeout_s",
 )  # fmt: skip
+
+JOB_FOLDER = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,13 @@ class RunFolder:
         """The folder for this process alone, made if need be; our log lines go to its `run.log`.
 
         Raises:
-            ConfigError: it is in use by another process, or cannot be written.
+            ConfigError: it is in use by another process, cannot be written, or would be deleted by Ray.
         """
+        if JOB_FOLDER in path.parts:
+            raise ConfigError(
+                f"output_dir: {path} is in the job's copy of its working directory, which Ray deletes; take one on "
+                "storage that every node mounts at the same path, such as output_dir=/shared/runs"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             _lock(path / ".lock")

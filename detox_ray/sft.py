@@ -18,6 +18,7 @@ from detox_ray.policy.policy import check_adapter
 from detox_ray.run_folder import RunFolder
 from detox_ray.sft_config import SFTConfig
 from detox_ray.terminal import Terminal, tuning_line
+from detox_ray.tracking.tracker import check_tracking
 from detox_ray.trainer import run_learners
 
 
@@ -82,6 +83,7 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     """
     if cluster_address(config.ray) is None:
         check_placements([learner_placement(config.train)], local_capacity(config.ray))
+    check_tracking(config.tracking)
     given = config.with_absolute_paths()
     config = with_lab(given, terminal)
     positions = getattr(load_model_config(config.policy), "max_position_embeddings", config.data.max_tokens)

@@ -25,6 +25,7 @@ from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.records import TokenizedExample
 from detox_ray.sft_config import SFTConfig
+from detox_ray.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def _tune(task: TuningTask) -> None:
     step = resume(sft)
     if step == 0 and sft.look(dev, steps=0):
         _keep(policy, 0, run_dir)
-    if world()[0] == 0:
+    tracker = Tracker(config, run_dir, step) if world()[0] == 0 else None
+    if tracker is not None:
         cut_metrics(run_dir / METRICS_FILE, step)
 
     while step < task.total_steps and not _is_patience_over(sft, train.patience):
@@ -71,11 +73,14 @@ def _tune(task: TuningTask) -> None:
             if sft.look(dev, step):
                 _keep(policy, step, run_dir)
             line |= {"dev_loss": sft.dev_loss.last, "time_dev_s": time.perf_counter() - learned}
-        if world()[0] == 0:
+        line["ended_at"] = time.time()
+        if tracker is not None:
             append_metrics(run_dir / METRICS_FILE, line)
+            tracker.log(line)
         if is_look:
             save_checkpoint(sft, step - 1, line)
-    if world()[0] == 0:
+    if tracker is not None:
+        tracker.close()
         found = sft.dev_loss
         result = {
             "steps": step,

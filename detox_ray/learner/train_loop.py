@@ -29,6 +29,7 @@ from detox_ray.metrics_file import (
 from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.policy.policy import Canary, Policy
 from detox_ray.records import Rollout
+from detox_ray.tracking.tracker import JUDGE, Tracker
 
 
 class ScoredBatch(Protocol):
@@ -92,6 +93,7 @@ def _train(task: LearnerTask) -> None:
     on_first_learner(stream.connect)
     publish(task, policy)
     recovery = Recovery(ppo, run_dir, first_step)
+    tracker = Tracker(config, run_dir, first_step) if world()[0] == 0 else None
     if world()[0] == 0:
         cut_metrics(run_dir / METRICS_FILE, first_step)
         cut_metrics(run_dir / EVALUATIONS_FILE, first_step)
@@ -99,16 +101,20 @@ def _train(task: LearnerTask) -> None:
 
     for step in range(first_step, config.train.total_steps):
         line = healthy_step(task, ppo, recovery, step)
-        if world()[0] == 0:
+        if tracker is not None:
             append_metrics(run_dir / METRICS_FILE, line)
+            tracker.log(line)
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
                 stream.evaluate(step, line["reward"])
             for evaluation in stream.evaluations(wait=step == last_step):
                 append_metrics(run_dir / EVALUATIONS_FILE, evaluation)
+                tracker.log(evaluation, JUDGE)
         if step == last_step or (step + 1) % config.train.checkpoint_every == 0:
             if world()[0] == 0:
                 save_adapter(policy.adapter(version=step), run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(step + 1)})
             save_checkpoint(ppo, step, line)
+    if tracker is not None:
+        tracker.close()
 
 
 def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> dict[str, float]:
@@ -129,7 +135,7 @@ def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> 
             rejected += 1
         else:
             recovery.step_is_good()
-            return {"step": step, **line, "rejected": rejected}
+            return {"step": step, **line, "rejected": rejected, "ended_at": time.time()}
 
 
 def one_step(task: LearnerTask, ppo: PPO, step: int) -> dict[str, float]:
