@@ -10,7 +10,7 @@ from families import FAMILIES, VOCABULARY, save_family
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from detox_ray.config import Config, LoraConfig, OptimizerConfig, PolicyConfig, PPOConfig, RolloutConfig
+from detox_ray.config import Config, LoraConfig, PolicyConfig, RolloutConfig
 from detox_ray.config_file import dump_config, parse_config
 from detox_ray.export import export
 from detox_ray.learner.ppo import PPO, SamplingLaw
@@ -18,6 +18,7 @@ from detox_ray.learner.sft import SFT
 from detox_ray.plan import plan_engine, with_dequantized_base
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy, canary_of
+from detox_ray.ppo_config import OptimizerConfig, PPOConfig
 from detox_ray.records import Prompt, Sampling, TokenizedExample
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.transformers_engine import TransformersEngine

@@ -10,13 +10,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM
 
-from detox_ray.config import LoraConfig, OptimizerConfig, PolicyConfig, PPOConfig
+from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.errors import SyncError
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.learner.sft import SFT
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.load import write_dequantized_base
 from detox_ray.policy.policy import CANARY_LENGTH, Policy
+from detox_ray.ppo_config import OptimizerConfig, PPOConfig
 from detox_ray.records import Prompt, Sampling, TokenizedExample
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import canary_gaps
