@@ -56,9 +56,8 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
 
     for name in ("ray", "ray.serve", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    check_cluster_answers(config)
     address = cluster_address(config)
-    if address is not None:
-        _check_answers(address)
     if ray.is_initialized():
         # The caller's own Ray, say a notebook's: use it and leave it.
         check(cluster_capacity())
@@ -140,8 +139,15 @@ def link_logs(link: Path, logs: Path) -> None:
         link.symlink_to(logs)
 
 
-def _check_answers(address: str) -> None:
-    """Ask the port before Ray does, which would wait for a minute."""
+def check_cluster_answers(config: RayConfig) -> None:
+    """Ask the cluster's port, if there is a cluster, before Ray does, which would wait for a minute.
+
+    Raises:
+        ConfigError: nobody answers there, or not Ray.
+    """
+    address = cluster_address(config)
+    if address is None:
+        return
     if "://" in address:
         raise ConfigError(
             f"ray.address={address}: a run's driver must be in the cluster; give the head node's host:port, or submit: "

@@ -1,7 +1,7 @@
 """The run, told in the order it happens: a language model goes in, a less toxic one comes out, with the evidence."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream, sampling_of
 from detox_ray.schedule import Schedule
-from detox_ray.serving.app_guard import guarded_app
+from detox_ray.serving.app_guard import guard_app
 from detox_ray.serving.reward_app import RewardClient, delete_reward_app, deploy_reward_app, fit_and_apply_calibration
 from detox_ray.serving.scorer import RolloutScorer
 from detox_ray.terminal import Terminal
@@ -84,13 +84,13 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
 @contextmanager
 def reward_app(plan: Plan) -> Iterator[RewardConfig]:
     """The reward ensemble on Serve; yields the reward's configuration, calibrated if the run did that before."""
-    outlives_us = cluster_address(plan.config.ray) is not None
-    with guarded_app(plan.app_name) if outlives_us else nullcontext():
-        deploy_reward_app(plan.config.reward, plan.app_name)
-        try:
-            yield plan.run.read_calibrated() or plan.config.reward
-        finally:
-            delete_reward_app(plan.app_name)
+    if cluster_address(plan.config.ray) is not None:
+        guard_app(plan.app_name)
+    deploy_reward_app(plan.config.reward, plan.app_name)
+    try:
+        yield plan.run.read_calibrated() or plan.config.reward
+    finally:
+        delete_reward_app(plan.app_name)
 
 
 def calibrated_reward(pool: WorkerPool, reward: RewardConfig, plan: Plan) -> RewardConfig:

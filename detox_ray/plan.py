@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import torch
 
-from detox_ray.cluster import cluster_address, local_capacity
+from detox_ray.cluster import check_cluster_answers, cluster_address, local_capacity
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.config_section import S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
@@ -25,7 +25,7 @@ from detox_ray.policy.policy import CANARY_LENGTH, check_adapter
 from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.rewards.shaping import load_term
 from detox_ray.rollout.engine import EngineSpec, choose_engine
-from detox_ray.run_folder import RunFolder
+from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.terminal import Terminal
 from detox_ray.tracking.tracker import check_tracking
 
@@ -62,6 +62,7 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     Raises:
         ConfigError, DataError, ModelError: something does not fit.
     """
+    check_usable(config.run_dir)
     if cluster_address(config.ray) is None:
         check_placements(placements(config), local_capacity(config.ray))
     given = config.with_absolute_paths()
@@ -77,6 +78,7 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     prompts = load_prompts(config.data, load_tokenizer(config.policy), config.seed)
 
     run = RunFolder.open(given)
+    check_cluster_answers(config.ray)
     terminal.stage(f"run folder {run.path}")
     terminal.stage(f"{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts{_skipped(prompts)}")
     terminal.stage(reason)

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ CLASSIFIER_PLACEMENT = (
     "api_key_env", "cache", "requests_per_second", "retries", "timeout_s",
 )  # fmt: skip
 
+LOCK_FILE = ".lock"
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 
 
@@ -88,14 +90,10 @@ class RunFolder:
         Raises:
             ConfigError: it is in use by another process, cannot be written, or would be deleted by Ray.
         """
-        if JOB_FOLDER in path.parts:
-            raise ConfigError(
-                f"output_dir: {path} is in the job's copy of its working directory, which Ray deletes; take one on "
-                "storage that every node mounts at the same path, such as output_dir=/shared/runs"
-            )
+        check_usable(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _lock(path / ".lock")
+            _lock(path / LOCK_FILE)
             _log_to(path / "run.log")
         except OSError as error:
             raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
@@ -125,7 +123,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Let other processes open the folder."""
-        if (file := _held.pop(self.path / ".lock", None)) is not None:
+        if (file := _held.pop(self.path / LOCK_FILE, None)) is not None:
             file.close()
 
     def read_config(self, kind: type[S]) -> S:
@@ -176,6 +174,37 @@ def _is_placement(key: str) -> bool:
     if key.startswith("reward.classifiers.") or key.startswith("evaluation.judge."):
         return not {*CLASSIFIER_PLACEMENT}.isdisjoint(key.split("."))
     return key.startswith(PLACEMENT)
+
+
+def check_usable(path: Path) -> None:
+    """Refuse at once, and without a trace, a folder that `RunFolder.claim` could not have.
+
+    Raises:
+        ConfigError: it is in use by another process, cannot be written, or would be deleted by Ray.
+    """
+    if JOB_FOLDER in path.parts:
+        raise ConfigError(
+            f"output_dir: {path} is in the job's copy of its working directory, which Ray deletes; take one on "
+            "storage that every node mounts at the same path, such as output_dir=/shared/runs"
+        )
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"output_dir: {there} is no folder that can be written; choose another")
+    if is_in_use(path):
+        raise ConfigError(f"{path} is in use by another process; wait, or choose another name=...")
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether another process has claimed the folder."""
+    lock = path / LOCK_FILE
+    if lock in _held or not lock.exists():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _lock(path: Path) -> None:

@@ -15,7 +15,7 @@ from detox_ray.placement import check_placements, learner_placement
 from detox_ray.plan import with_lab
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
-from detox_ray.run_folder import RunFolder
+from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.sft_config import SFTConfig
 from detox_ray.terminal import Terminal, tuning_line
 from detox_ray.tracking.tracker import check_tracking
@@ -81,6 +81,7 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     Raises:
         ConfigError, DataError, ModelError: something does not fit.
     """
+    check_usable(config.run_dir)
     if cluster_address(config.ray) is None:
         check_placements([learner_placement(config.train)], local_capacity(config.ray))
     check_tracking(config.tracking)

@@ -25,7 +25,7 @@ from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.records import TokenizedExample
 from detox_ray.sft_config import SFTConfig
-from detox_ray.tracking.tracker import Tracker
+from detox_ray.tracking.tracker import open_tracker
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _tune(task: TuningTask) -> None:
     step = resume(sft)
     if step == 0 and sft.look(dev, steps=0):
         _keep(policy, 0, run_dir)
-    tracker = Tracker(config, run_dir, step) if world()[0] == 0 else None
+    tracker = open_tracker(config, run_dir, step) if world()[0] == 0 else None
     if tracker is not None:
         cut_metrics(run_dir / METRICS_FILE, step)
 

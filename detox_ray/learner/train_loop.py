@@ -29,7 +29,7 @@ from detox_ray.metrics_file import (
 from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.policy.policy import Canary, Policy
 from detox_ray.records import Rollout
-from detox_ray.tracking.tracker import JUDGE, Tracker
+from detox_ray.tracking.tracker import JUDGE, open_tracker
 
 
 class ScoredBatch(Protocol):
@@ -93,7 +93,7 @@ def _train(task: LearnerTask) -> None:
     on_first_learner(stream.connect)
     publish(task, policy)
     recovery = Recovery(ppo, run_dir, first_step)
-    tracker = Tracker(config, run_dir, first_step) if world()[0] == 0 else None
+    tracker = open_tracker(config, run_dir, first_step) if world()[0] == 0 else None
     if world()[0] == 0:
         cut_metrics(run_dir / METRICS_FILE, first_step)
         cut_metrics(run_dir / EVALUATIONS_FILE, first_step)

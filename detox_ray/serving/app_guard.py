@@ -1,10 +1,8 @@
-"""On a cluster Serve outlives the command that deployed to it; what a run deployed goes when the run goes, or dies."""
+"""On a cluster Serve outlives the command that deployed to it: what a run deployed goes once the run ends or dies."""
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
 
 import ray
 from ray import serve
@@ -15,7 +13,7 @@ POLL_S = 1.0
 
 
 class AppGuard:
-    """Deletes an app once the driver that deployed it is gone; started anew, it goes on watching."""
+    """Deletes an app once the job that deployed it is dead; started anew, it goes on watching."""
 
     def __init__(self, app_name: str, job_id: str) -> None:
         self._app_name = app_name
@@ -23,33 +21,25 @@ class AppGuard:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        from ray._private.state import state
-
-        context = ray.get_runtime_context()
-        while any(job["JobID"] == self._job_id and not job["IsDead"] for job in state.job_table()):
+        guard = ray.get_runtime_context().current_actor
+        while self._job_id in _jobs_alive():
             time.sleep(POLL_S)
-        with suppress(RayServeException):  # Serve was not even started
+        with suppress(RayServeException):  # Serve is gone, or was not even started
             serve.delete(self._app_name)
-        stop_idle_serve(self._app_name)
-        ray.kill(context.current_actor)
-
-
-@contextmanager
-def guarded_app(app_name: str) -> Iterator[None]:
-    """An app that is deployed in here, on a cluster, is gone afterwards, also when this process is killed.
-
-    With the last one goes Serve itself, unless it has HTTP proxies: then it is a service of somebody else's.
-    """
-    context = ray.get_runtime_context()
-    options = {"name": _guard_name(app_name), "namespace": NAMESPACE, "lifetime": "detached"}
-    guard: Any = (
-        ray.remote(AppGuard).options(num_cpus=0, max_restarts=-1, **options).remote(app_name, context.get_job_id())
-    )
-    try:
-        yield
-    finally:
-        stop_idle_serve(app_name)
+            stop_idle_serve()
         ray.kill(guard)
+
+
+def guard_app(app_name: str) -> None:
+    """Have an app that this job is about to deploy deleted once the job is dead, however it came to that.
+
+    With the last app goes Serve itself, unless it has HTTP proxies: then it is a service of somebody else's.
+    """
+    job_id = ray.get_runtime_context().get_job_id()
+    actor = ray.remote(AppGuard).options(
+        name=f"{job_id} {app_name}", namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_restarts=-1
+    )
+    actor.remote(app_name, job_id)
 
 
 def is_serve_running() -> bool:
@@ -57,18 +47,20 @@ def is_serve_running() -> bool:
     return any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
 
 
-def stop_idle_serve(app_name: str) -> None:
-    """Shut Serve down if it has neither apps nor proxies, and no run but that of `app_name` is about to deploy one."""
-    others = {
-        actor["name"]
+def stop_idle_serve() -> None:
+    """Shut Serve down if it has neither apps nor proxies, and no job that is alive has a guarded app."""
+    guarded = {
+        actor["name"].partition(" ")[0]
         for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == NAMESPACE and actor["name"] != _guard_name(app_name)
+        if actor["namespace"] == NAMESPACE
     }
-    if is_serve_running() and not others:
+    if is_serve_running() and guarded.isdisjoint(_jobs_alive()):
         status = serve.status()
         if not status.applications and not status.proxies:
             serve.shutdown()
 
 
-def _guard_name(app_name: str) -> str:
-    return f"guard-of-{app_name}"
+def _jobs_alive() -> set[str]:
+    from ray._private.state import state
+
+    return {job["JobID"] for job in state.job_table() if not job["IsDead"]}

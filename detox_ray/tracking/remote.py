@@ -67,7 +67,9 @@ class MlflowSink:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in values.items()])
+        # A store of files cannot have both `reward` and `reward/...`.
+        metrics = [Metric(name.replace("/", "."), value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._run_id, metrics)
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)

@@ -3,10 +3,10 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from detox_ray.config import RunSettings
 from detox_ray.errors import ConfigError
@@ -30,36 +30,48 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class Tracker:
-    """What the first learner tells everybody; open it before lines of steps that will run again are cut."""
+Sinks = Mapping[str, Callable[[], Sink]]  # name -> what opens it
 
-    def __init__(self, config: RunSettings, run_dir: Path, first_step: int) -> None:
-        """`first_step`: the one to be run next; a continued run goes on where its earlier part is tracked."""
+
+class Tracker:
+    """What the first learner tells everybody."""
+
+    def __init__(self, run_dir: Path, local: Sinks, remote: Sinks) -> None:
+        """`remote` sinks keep what they were told before, so they are not told again of steps that are run again."""
         self._said = {"": _last_step(run_dir / METRICS_FILE), JUDGE: _last_step(run_dir / EVALUATIONS_FILE)}
-        tracking = config.tracking
-        local: list[tuple[str, Callable[[], Sink]]] = [
-            ("TensorBoard", lambda: TensorBoardSink(run_dir, first_step)),
-            ("Prometheus", lambda: _prometheus(config.name)),
-        ]
-        remote: list[tuple[str, Callable[[], Sink]]] = []
-        if (wandb := tracking.wandb) is not None:
-            remote.append(("W&B", lambda: WandbSink(wandb, config, run_dir)))
-        if (mlflow := tracking.mlflow) is not None:
-            remote.append(("MLflow", lambda: MlflowSink(mlflow, config, run_dir)))
-        self._local = [_BackgroundSink(name, make) for name, make in local]
-        self._remote = [_BackgroundSink(name, make) for name, make in remote]
+        self._local = [_BackgroundSink(name, make) for name, make in local.items()]
+        self._remote = [_BackgroundSink(name, make) for name, make in remote.items()]
 
     def log(self, line: dict[str, float], prefix: str = "") -> None:
         """A line of metrics.jsonl, or with `prefix=JUDGE` one of evaluations.jsonl; returns at once."""
         step = int(line["step"])
         values = {prefix + name: float(value) for name, value in line.items() if name not in CLOCK}
-        # What TensorBoard was told of these steps is purged; other services keep what they have.
         for sink in [*self._local, *(self._remote if step > self._said[prefix] else [])]:
             sink.put(step, values)
 
     def close(self) -> None:
-        """Wait until everybody has everything, or for half a minute."""
-        _close([*self._local, *self._remote])
+        """Wait until everybody has everything, or for half a minute each."""
+        sinks = [*self._local, *self._remote]
+        for sink in sinks:
+            sink.finish()
+        for sink in sinks:
+            sink.join(CLOSE_TIMEOUT_S)
+
+
+def open_tracker(config: RunSettings, run_dir: Path, first_step: int) -> Tracker:
+    """The tracker of a run whose next step is `first_step`; call it before the lines of later steps are cut."""
+    from detox_ray.tracking.prometheus import PrometheusSink
+
+    remote: dict[str, Callable[[], Sink]] = {}
+    if (wandb := config.tracking.wandb) is not None:
+        remote["W&B"] = lambda: WandbSink(wandb, config, run_dir)
+    if (mlflow := config.tracking.mlflow) is not None:
+        remote["MLflow"] = lambda: MlflowSink(mlflow, config, run_dir)
+    local: dict[str, Callable[[], Sink]] = {
+        "TensorBoard": lambda: TensorBoardSink(run_dir, first_step),
+        "Prometheus": lambda: PrometheusSink(config.name),
+    }
+    return Tracker(run_dir, local, remote)
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -105,20 +117,6 @@ class _BackgroundSink:
             logger.warning("%s gets no more metrics (%s: %s)", self._name, type(error).__name__, reason)
 
 
-def _prometheus(run_name: str) -> Sink:
-    """Apart, as it brings Ray."""
-    from detox_ray.tracking.prometheus import PrometheusSink
-
-    return PrometheusSink(run_name)
-
-
-def _close(sinks: Sequence[_BackgroundSink]) -> None:
-    for sink in sinks:
-        sink.finish()
-    for sink in sinks:
-        sink.join(CLOSE_TIMEOUT_S)
-
-
 def _last_step(path: Path) -> int:
-    lines: list[dict[str, Any]] = read_metrics(path)
+    lines = read_metrics(path)
     return lines[-1]["step"] if lines else -1
