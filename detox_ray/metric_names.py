@@ -57,10 +57,14 @@ TRAINING = {
     "importance_mean": Metric(
         "ratio", "mean over tokens of the truncated weight p_proximal / p_behaviour; 1 when strictly on-policy"
     ),
+    "importance_ess": Metric(
+        "share", "effective sample size of those weights: (sum w)^2 / (tokens * sum w^2); 1 when all are equal"
+    ),
     "importance_capped": Metric("share", "tokens whose weight reached `ppo.importance_cap`"),
     "staleness": Metric("versions", "adapters published since the oldest response of the batch was begun"),
     "adapter_version": Metric("versions", "the version that the step published"),
     "rejected": Metric("attempts", "times the step had to be rejected before it was good; see rejected_steps.jsonl"),
+    "worker_restarts": Metric("restarts", "rollout workers lost and brought back, since the learner started"),
     "time_rollout_s": Metric("seconds", "the learner waited for responses"),
     "time_reward_s": Metric("seconds", "then for scores"),
     "time_learn_s": Metric("seconds", "forward and backward passes and optimiser steps"),

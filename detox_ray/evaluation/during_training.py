@@ -59,7 +59,7 @@ class HeldoutEvaluation:
 @ray.remote(num_cpus=0)
 def _judged(judge: ClassifierConfig, step: int, reward: float, *parts: list[Rollout]) -> dict[str, float]:
     rollouts = [rollout for part in parts for rollout in part]
-    toxicity = np.asarray(_classifier(judge).toxicity([r.text for r in rollouts]))
+    toxicity = np.asarray(_classifier(judge.model_dump_json()).toxicity([r.text for r in rollouts]))
     return {
         "step": step,
         "mean_toxicity": float(toxicity.mean()),
@@ -71,5 +71,5 @@ def _judged(judge: ClassifierConfig, step: int, reward: float, *parts: list[Roll
 
 
 @cache
-def _classifier(judge: ClassifierConfig) -> Classifier:
-    return load_classifier(judge)
+def _classifier(judge: str) -> Classifier:
+    return load_classifier(ClassifierConfig.model_validate_json(judge))

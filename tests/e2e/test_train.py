@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from detox_ray import load_config
 from detox_ray.cli import app
 from detox_ray.data.lab import lab_path
+from detox_ray.metric_names import FAMILIES, TRAINING
 from detox_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.e2e
@@ -105,6 +106,8 @@ def test_every_line_of_metrics_has_what_a_user_looks_for(killed_and_continued: t
     expected |= {"time_rollout_s", "time_reward_s", "time_learn_s", "time_push_s", "reward/lab-linear"}
     for line in lines:
         assert expected <= line.keys()
+        assert {name for name in line if "/" not in name} <= TRAINING.keys()
+        assert {name.partition("/")[0] for name in line if "/" in name} <= FAMILIES.keys()
         assert line["logprob_gap_max"] < 1e-3
         assert all(value == value for value in line.values())
 

@@ -1,6 +1,5 @@
 """What the trackers hold after a run that was killed and continued, read back with their own readers."""
 
-import logging
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -104,7 +103,6 @@ def test_a_tracker_that_fails_costs_one_log_line(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(logging.getLogger("detox_ray"), "propagate", True)
     sinks = {"MLflow": lambda: MlflowSink(MlflowConfig(uri="http://127.0.0.1:1"), config, tmp_path)}
     started = time.monotonic()
     tracker = Tracker(tmp_path, {}, sinks)
