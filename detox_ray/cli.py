@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from detox_ray.config_file import dump_config, load_config
-from detox_ray.errors import ConfigError, DetoxError
+from detox_ray.errors import ConfigError, DetoxError, storage_error
 from detox_ray.meter_config import load_scorers
 
 app = typer.Typer(
@@ -308,9 +308,18 @@ def main() -> None:
         typer.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except DetoxError as error:
-        message = escape(" ".join(str(error).split()))
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
+        _print_error(error)
+        sys.exit(2)
+    except OSError as error:
+        if (problem := storage_error(error)) is None:
+            raise
+        _print_error(problem)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("stopped; the same command continues the run")
         sys.exit(130)
+
+
+def _print_error(error: DetoxError) -> None:
+    message = escape(" ".join(str(error).split()))
+    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)

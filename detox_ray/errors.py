@@ -1,5 +1,7 @@
 """The errors a user can cause or must act on; the command line prints each in one line and exits with code 2."""
 
+import errno
+
 
 class DetoxError(Exception):
     """Base of our own errors: the message names the offending value and the fix."""
@@ -27,3 +29,18 @@ class DivergenceError(DetoxError):
 
 class SyncError(DetoxError):
     """A rollout worker does not compute what the learner computes."""
+
+
+class StorageError(DetoxError):
+    """A run folder cannot be written any more, or what is in it is damaged."""
+
+
+def storage_error(error: OSError) -> StorageError | None:
+    """What a user must do about a full or lost disk; None if the error is of another kind."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    return StorageError(
+        f"cannot write{where}: {(error.strerror or str(error)).splitlines()[0]}; free some space, then start the same "
+        "command again to continue from the last whole checkpoint"
+    )

@@ -14,7 +14,7 @@ from detox_ray.config import PolicyConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.evaluation.run_files import published_name
-from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE
+from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE, load_adapter
 from detox_ray.policy.architecture import language_model_class
 from detox_ray.policy.load import compute_dtype, load_model_config, load_tokenizer, write_dequantized_base
 from detox_ray.run_folder import RunFolder
@@ -52,11 +52,12 @@ def export(
 
     Raises:
         ConfigError: the run has no adapter yet, or `output` holds files.
-        ModelError: base or adapter cannot be loaded.
+        ModelError: base or adapter cannot be loaded, or is damaged.
     """
     run = RunFolder.existing(run_dir)
     if not (run.adapter / TENSOR_FILE).is_file():
         raise ConfigError(f"{run_dir} has no adapter yet: let the run come to a checkpoint first")
+    load_adapter(run.adapter)
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty; name another folder with --output, or remove it")
     named = _policy_of(run)

@@ -15,6 +15,7 @@ from detox_ray.measurement import answer, judge_and_report, rollout_workers
 from detox_ray.meter_config import meter_of_run
 from detox_ray.placement import check_placements, placements
 from detox_ray.plan import Plan, prepare
+from detox_ray.policy.adapter import is_whole
 from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream, sampling_of
@@ -42,7 +43,7 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
     """
     terminal = Terminal(quiet)
     plan = prepare(config, terminal)
-    if (finished := plan.run.read_evaluation(config.train.total_steps)) is not None:
+    if (finished := plan.run.read_evaluation(config.train.total_steps)) is not None and is_whole(plan.run.adapter):
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
         return finished

@@ -11,6 +11,7 @@ REJECTED_FILE = "rejected_steps.jsonl"  # why steps were rejected and what was d
 FAILURE_FILE = "failure.json"
 FINE_TUNING_FILE = "fine_tuning.json"  # what became of a fine-tuning, once it is complete
 ADAPTER_FOLDER = "adapter"
+CHECKPOINT_FOLDER = "checkpoints"
 STEPS_FILE = "steps.txt"  # in the adapter's folder: how many steps it was trained for
 
 

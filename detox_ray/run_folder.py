@@ -16,7 +16,14 @@ from detox_ray.config import PolicyConfig, RewardConfig, RunSettings
 from detox_ray.config_file import dump_config, parse_section
 from detox_ray.config_section import S
 from detox_ray.errors import ConfigError, DetoxError
-from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, METRICS_FILE, STEPS_FILE, write_atomically
+from detox_ray.metrics_file import (
+    ADAPTER_FOLDER,
+    CHECKPOINT_FOLDER,
+    FAILURE_FILE,
+    METRICS_FILE,
+    STEPS_FILE,
+    write_atomically,
+)
 
 # May differ between a run and its continuation: where and how patiently it runs, not what it computes.
 PLACEMENT = (
@@ -55,7 +62,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINT_FOLDER
 
     def dequantized_base(self, policy: PolicyConfig) -> Path:
         """Of one base: a folder of evaluations may hold several."""

@@ -1,11 +1,14 @@
 """Learners under Ray Train: placed, restarted after a crash, continued from the run folder's checkpoints."""
 
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from detox_ray.config import LearnerConfig
@@ -35,6 +38,7 @@ def run_learners(
         DetoxError: of the learner's own kind, where it met one that a new attempt would meet again; or the learner
             crashed more often than `train.max_failures`.
     """
+    _remove_torn_list(run.checkpoints / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
     trainer = TorchTrainer(
         loop,
         train_loop_config=settings,
@@ -64,3 +68,14 @@ def run_learners(
             "then start the same command again to continue"
         ) from error
     run.raise_failure()
+
+
+def _remove_torn_list(path: Path) -> None:
+    """Ray does not start with a list of checkpoints that a kill cut short, and `resume` does not need the list."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        logger.warning("%s is torn and was removed", path)
+        path.unlink()

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray.train
-import torch
 
-from detox_ray.errors import DetoxError
+from detox_ray.errors import DetoxError, storage_error
+from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint, write_checkpoint
 from detox_ray.learner.distributed import world
-from detox_ray.metrics_file import ADAPTER_FOLDER, FAILURE_FILE, write_atomically
-from detox_ray.policy.adapter import load_adapter, save_adapter
+from detox_ray.metrics_file import FAILURE_FILE, write_atomically
 from detox_ray.policy.policy import Policy
-
-LEARNER_FILE = "learner.pt"
 
 
 class Learner(Protocol):
@@ -35,33 +32,42 @@ def save_checkpoint(learner: Learner, step: int, metrics: dict[str, Any]) -> Non
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(learner.policy.adapter(version=step), Path(folder) / ADAPTER_FOLDER)
-        torch.save({"step": step, **learner.state()}, Path(folder) / LEARNER_FILE)
+        write_checkpoint(Path(folder), step, learner.policy.adapter(version=step), learner.state())
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def resume(learner: Learner) -> int:
-    """Load the last checkpoint, if there is one; the first step to run."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def resume(learner: Learner, checkpoints: Path) -> int:
+    """Load the last whole checkpoint of the folder, if there is one; the first step to run.
+
+    Ray's own list is not asked: a checkpoint on it may be damaged, and one that is whole may be missing.
+
+    Raises:
+        StorageError: there are checkpoints, and all are damaged.
+    """
+    if (found := last_whole_checkpoint(checkpoints)) is None:
         return 0
-    with checkpoint.as_directory() as folder:
-        learner.policy.load(load_adapter(Path(folder) / ADAPTER_FOLDER))
-        state = torch.load(Path(folder) / LEARNER_FILE, weights_only=True)
+    step, folder = found
+    adapter, state = read_checkpoint(folder)
+    learner.policy.load(adapter)
     learner.load_state(state)
-    return int(state["step"]) + 1
+    return step + 1
 
 
 @contextmanager
 def failures_left_in(run_dir: Path) -> Iterator[None]:
-    """Leave an error of ours in the run folder, for the driver to raise.
+    """Leave an error of ours, or of full storage, in the run folder for the driver to raise.
 
     Ray Train would try again what cannot succeed, but several learners must all stop: one may wait for another.
     """
     try:
         yield
-    except DetoxError as error:
-        content = {"type": type(error).__name__, "message": str(error)}
-        write_atomically(run_dir / FAILURE_FILE, json.dumps(content))
-        if world()[1] > 1:
+    except (DetoxError, OSError) as error:
+        ours = error if isinstance(error, DetoxError) else storage_error(error)
+        if ours is None:
             raise
+        try:
+            write_atomically(run_dir / FAILURE_FILE, json.dumps({"type": type(ours).__name__, "message": str(ours)}))
+        except OSError:
+            raise ours from None
+        if world()[1] > 1:
+            raise ours from None

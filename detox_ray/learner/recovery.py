@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from detox_ray.errors import DivergenceError
+from detox_ray.learner.checkpoint_folder import keep_adapter
 from detox_ray.learner.distributed import world
 from detox_ray.learner.ppo import PPO
-from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, STEPS_FILE, append_metrics
-from detox_ray.policy.adapter import Adapter, save_adapter
+from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, append_metrics
+from detox_ray.policy.adapter import Adapter
 from detox_ray.policy.policy import Canary
 from detox_ray.ppo_config import DivergenceConfig
 from detox_ray.records import Rollout
@@ -68,7 +69,7 @@ class Recovery:
             line = {"step": step, "reason": str(problem), "rate_scale": ppo.rate_scale, "stopped": not first}
             append_metrics(self._run_dir / REJECTED_FILE, line)
             if not first:
-                save_adapter(good.adapter, self._run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(good.step)})
+                keep_adapter(good.adapter, self._run_dir, good.step)
         if not first:
             raise DivergenceError(
                 f"step {step + 1}: {problem}, after a roll-back with learning rates x {factor:g}; lower "

@@ -9,19 +9,18 @@ from pathlib import Path
 import torch
 from ray.train.torch import get_device
 
+from detox_ray.learner.checkpoint_folder import keep_adapter
 from detox_ray.learner.checkpoints import failures_left_in, resume, save_checkpoint
 from detox_ray.learner.distributed import world
 from detox_ray.learner.sft import SFT, BucketedBatches, share_of
 from detox_ray.metrics_file import (
-    ADAPTER_FOLDER,
+    CHECKPOINT_FOLDER,
     FINE_TUNING_FILE,
     METRICS_FILE,
-    STEPS_FILE,
     append_metrics,
     cut_metrics,
     write_atomically,
 )
-from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.records import TokenizedExample
 from detox_ray.sft_config import SFTConfig
@@ -54,7 +53,7 @@ def _tune(task: TuningTask) -> None:
     sft = SFT(policy, train, train.microbatch_tokens, task.pad_id, task.total_steps, config.seed)
     batches = BucketedBatches(task.train, train.batch_size, config.seed)
     dev = share_of(task.dev)
-    step = resume(sft)
+    step = resume(sft, run_dir / CHECKPOINT_FOLDER)
     if step == 0 and sft.look(dev, steps=0):
         _keep(policy, 0, run_dir)
     tracker = open_tracker(config, run_dir, step) if world()[0] == 0 else None
@@ -101,4 +100,4 @@ def _is_patience_over(sft: SFT, patience: int | None) -> bool:
 def _keep(policy: Policy, steps: int, run_dir: Path) -> None:
     """Make this the run's adapter."""
     if world()[0] == 0:
-        save_adapter(policy.adapter(version=steps), run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(steps)})
+        keep_adapter(policy.adapter(version=steps), run_dir, steps)

@@ -13,20 +13,20 @@ from ray.train.torch import get_device
 
 from detox_ray.config import Config
 from detox_ray.errors import DivergenceError
+from detox_ray.learner.checkpoint_folder import is_kept, keep_adapter
 from detox_ray.learner.checkpoints import failures_left_in, resume, save_checkpoint
 from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.learner.recovery import Recovery, refuse_collapsed, refuse_not_finite
 from detox_ray.metrics_file import (
-    ADAPTER_FOLDER,
+    CHECKPOINT_FOLDER,
     EVALUATIONS_FILE,
     METRICS_FILE,
     REJECTED_FILE,
-    STEPS_FILE,
     append_metrics,
     cut_metrics,
 )
-from detox_ray.policy.adapter import Adapter, save_adapter
+from detox_ray.policy.adapter import Adapter
 from detox_ray.policy.policy import Canary, Policy
 from detox_ray.records import Rollout
 from detox_ray.tracking.tracker import JUDGE, open_tracker
@@ -88,7 +88,7 @@ def _train(task: LearnerTask) -> None:
     torch.set_num_threads(config.train.threads)
     policy = Policy(config.policy, get_device(), config.seed)
     ppo = PPO(policy, config.ppo, _sampling_law(task), task.pad_id, config.train.total_steps, config.seed)
-    first_step = resume(ppo)
+    first_step = resume(ppo, run_dir / CHECKPOINT_FOLDER)
     last_step = config.train.total_steps - 1
     on_first_learner(stream.connect)
     publish(task, policy)
@@ -111,8 +111,10 @@ def _train(task: LearnerTask) -> None:
                 tracker.log(evaluation, JUDGE)
         if step == last_step or (step + 1) % config.train.checkpoint_every == 0:
             if world()[0] == 0:
-                save_adapter(policy.adapter(version=step), run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(step + 1)})
+                keep_adapter(policy.adapter(version=step), run_dir, step + 1)
             save_checkpoint(ppo, step, line)
+    if world()[0] == 0 and not is_kept(policy.adapter(last_step), run_dir):
+        keep_adapter(policy.adapter(last_step), run_dir, last_step + 1)
     if tracker is not None:
         tracker.close()
 

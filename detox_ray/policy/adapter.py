@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from transformers.modeling_utils import PreTrainedModel
 
 from detox_ray.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+DIGEST_FILE = "digest.txt"  # a note that a run keeps beside its adapter
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,24 @@ def save_adapter(adapter: Adapter, folder: Path, notes: Mapping[str, str] | None
 
     `notes` are small text files, by name, to keep beside it.
     """
-    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    scratch, replaced = (folder.with_name(f"{folder.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    save_file({n: np.ascontiguousarray(t) for n, t in adapter.tensors.items()}, scratch / TENSOR_FILE)
-    (scratch / CONFIG_FILE).write_text(json.dumps(adapter.peft_config, indent=2, sort_keys=True), encoding="utf-8")
-    for name, text in (notes or {}).items():
+    (scratch / TENSOR_FILE).write_bytes(save({n: np.ascontiguousarray(t) for n, t in adapter.tensors.items()}))
+    config = json.dumps(adapter.peft_config, indent=2, sort_keys=True)
+    for name, text in {CONFIG_FILE: config, **(notes or {})}.items():
         (scratch / name).write_text(text, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
     os.replace(scratch, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_adapter(folder: str | Path, version: int = 0) -> Adapter:
     """Read an adapter in PEFT's format.
 
     Raises:
-        ModelError: a file is missing or broken.
+        ModelError: a file is missing or broken, or the content has another digest than the one noted beside it.
     """
     folder = Path(folder)
     try:
@@ -123,7 +126,22 @@ def load_adapter(folder: str | Path, version: int = 0) -> Adapter:
             f"adapter {folder}: cannot be read ({' '.join(str(error).split())[:120]}); "
             f"expected {CONFIG_FILE} and {TENSOR_FILE}"
         ) from None
-    return Adapter(version, content_digest(config, tensors), config, tensors)
+    digest = content_digest(config, tensors)
+    if (note := folder / DIGEST_FILE).exists() and note.read_text(encoding="utf-8") != digest:
+        raise ModelError(
+            f"adapter {folder}: damaged, its content does not have the digest in {DIGEST_FILE}; restore it from a copy "
+            "or, in a run folder, start the run's command again to restore it from the last checkpoint"
+        )
+    return Adapter(version, digest, config, tensors)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `load_adapter` would load it."""
+    try:
+        load_adapter(folder)
+    except ModelError:
+        return False
+    return True
 
 
 def put_adapters(base: PreTrainedModel, adapters: Mapping[str, Path]) -> Any:

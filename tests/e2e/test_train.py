@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from detox_ray import load_config
 from detox_ray.cli import app
 from detox_ray.data.lab import lab_path
+from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint
 from detox_ray.metric_names import FAMILIES, TRAINING
 from detox_ray.run_folder import RunFolder
 
@@ -90,9 +91,10 @@ def test_a_killed_run_continues_without_gap_or_repeat(killed_and_continued: tupl
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert f"step {STEPS}/{STEPS}" in printed
-    checkpoints = sorted(p for p in (folder / "checkpoints").glob("checkpoint_*") if p.is_dir())
-    state = torch.load(checkpoints[-1] / "learner.pt", weights_only=True)
-    assert state["step"] == STEPS - 1
+    found = last_whole_checkpoint(folder / "checkpoints")
+    assert found is not None
+    assert found[0] == STEPS - 1
+    _, state = read_checkpoint(found[1])
     config = load_config(ROOT / "configs/laptop.yaml")
     # An optimiser that had started anew would have counted only the steps since then.
     updates = {int(s["step"]) for s in state["optimizer"]["state"].values()}

@@ -1,0 +1,86 @@
+"""What a learner leaves in the run folder: checkpoints, whole or known not to be, and the adapter.
+
+A checkpoint is a folder with `adapter/` in PEFT's format, `learner.pt` with everything else that training changes, and
+`manifest.json` with the step and the SHA-256 of each file, written last.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detox_ray.errors import ModelError, StorageError
+from detox_ray.metrics_file import ADAPTER_FOLDER, STEPS_FILE
+from detox_ray.policy.adapter import DIGEST_FILE, Adapter, load_adapter, save_adapter
+
+logger = logging.getLogger(__name__)
+
+LEARNER_FILE = "learner.pt"
+MANIFEST_FILE = "manifest.json"
+
+
+def write_checkpoint(folder: Path, step: int, adapter: Adapter, state: dict[str, Any]) -> None:
+    """Fill an empty folder with the state after `step` (of tensors, numbers and containers of them)."""
+    save_adapter(adapter, folder / ADAPTER_FOLDER)
+    content = io.BytesIO()
+    torch.save(state, content)
+    (folder / LEARNER_FILE).write_bytes(content.getbuffer())
+    manifest = {"step": step, "sha256": _digests(folder)}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def keep_adapter(adapter: Adapter, run_dir: Path, steps: int) -> None:
+    """Make this the run's adapter, trained for `steps` steps."""
+    save_adapter(adapter, run_dir / ADAPTER_FOLDER, {STEPS_FILE: str(steps), DIGEST_FILE: adapter.digest})
+
+
+def is_kept(adapter: Adapter, run_dir: Path) -> bool:
+    """Whether the run's adapter is this one."""
+    try:
+        return load_adapter(run_dir / ADAPTER_FOLDER).digest == adapter.digest
+    except ModelError:
+        return False
+
+
+def read_checkpoint(folder: Path) -> tuple[Adapter, dict[str, Any]]:
+    """What `write_checkpoint` was given."""
+    return load_adapter(folder / ADAPTER_FOLDER), torch.load(folder / LEARNER_FILE, weights_only=True)
+
+
+def last_whole_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest checkpoint in `folder` whose files are as they were written; None: there are none.
+
+    Raises:
+        StorageError: there are checkpoints, and all are damaged.
+    """
+    found = sorted(folder.glob("checkpoint_*/"))
+    whole = [(step, path) for path in found if (step := _step_if_whole(path)) is not None]
+    if found and not whole:
+        raise StorageError(
+            f"all {len(found)} checkpoints in {folder} are damaged or incomplete; restore one from a copy, or remove "
+            "that folder to train from the start"
+        )
+    return max(whole, default=None)
+
+
+def _step_if_whole(checkpoint: Path) -> int | None:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if manifest["sha256"] == _digests(checkpoint):
+            return int(manifest["step"])
+        problem = "its files are not those of its manifest"
+    except FileNotFoundError:
+        problem = "it is incomplete"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"its manifest cannot be read ({type(error).__name__})"
+    logger.warning("checkpoint %s is left out: %s", checkpoint, problem)
+    return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
