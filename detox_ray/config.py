@@ -244,6 +244,9 @@ class LearnerConfig(Section):
     resources: CustomResources = Field({}, description="custom Ray resources of one learner: the nodes it may be on")
     threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
     max_failures: int = Field(3, ge=0, description="learner crashes survived within one command")
+    timeout_s: float = Field(
+        600.0, gt=0, description="a learner whose process does not answer for this long is replaced"
+    )
 
 
 class TrainConfig(LearnerConfig):

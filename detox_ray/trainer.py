@@ -2,13 +2,14 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from detox_ray.config import LearnerConfig
@@ -39,6 +40,7 @@ def run_learners(
             crashed more often than `train.max_failures`.
     """
     _remove_torn_list(run.checkpoints / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.timeout_s)  # read when the learners start
     trainer = TorchTrainer(
         loop,
         train_loop_config=settings,

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -23,12 +25,16 @@ from detox_ray.cli import app
 from detox_ray.data.lab import lab_path
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint
 from detox_ray.metric_names import FAMILIES, TRAINING
+from detox_ray.metrics_file import read_metrics
 from detox_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 COMMAND = [str(Path(sys.executable).with_name("detox-ray")), "train", str(ROOT / "configs/laptop.yaml")]
 STEPS = 8
+# What a step says of this attempt at it, not of its result.
+CLOCKED = {name for name in TRAINING if name.startswith("time_")}
+CLOCKED |= {"ended_at", "tokens_per_s", "samples_per_s", "adapter_version", "worker_restarts"}
 SMALL = [
     f"train.total_steps={STEPS}",
     "train.checkpoint_every=2",
@@ -62,32 +68,44 @@ def alive_on(driver: psutil.Process) -> list[psutil.Process]:
     return [p for p, title in titled if title and not title.startswith(agents) and "agent.py" not in title]
 
 
+@dataclass(frozen=True)
+class Continued:
+    """A run that was killed and continued: its folder, what it printed, and its metrics before each kill."""
+
+    folder: Path
+    printed: str
+    before_kills: list[dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def killed_and_continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run whose learner was killed after step 3 and whose driver after step 5, then continued; what it printed."""
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Continued:
+    """A run whose learner was killed after step 3 and whose driver after step 5, continued from a moved folder."""
     output = tmp_path_factory.mktemp("runs")
-    arguments = [*COMMAND, "name=killed", f"output_dir={output}", *SMALL]
     with open(output / "first.log", "w", encoding="utf-8") as log:
-        first = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=ROOT)
+        first = subprocess.Popen([*COMMAND, "name=killed", f"output_dir={output}", *SMALL], stdout=log, stderr=log)
     metrics = output / "killed" / "metrics.jsonl"
     wait_for_steps(metrics, 3)
     driver = psutil.Process(first.pid)
     [learner] = [p for p in alive_on(driver) if "RayTrainWorker" in p.cmdline()[0]]
     learner.send_signal(signal.SIGKILL)
+    before = read_metrics(metrics)
     wait_for_steps(metrics, 5)
     started = alive_on(driver)
     driver.send_signal(signal.SIGKILL)
     first.wait()
+    before += read_metrics(metrics)
     _, left = psutil.wait_procs(started, timeout=60)
     left = [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not left, f"left behind: {[p.cmdline() for p in left]}"
-    second = run(arguments)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (output / "killed").rename(elsewhere / "moved")
+    second = run([*COMMAND, "name=moved", f"output_dir={elsewhere}", *SMALL])
     assert second.returncode == 0, second.stdout + second.stderr
-    return output / "killed", second.stdout
+    return Continued(elsewhere / "moved", second.stdout, before)
 
 
-def test_a_killed_run_continues_without_gap_or_repeat(killed_and_continued: tuple[Path, str]) -> None:
-    folder, printed = killed_and_continued
+def test_a_killed_run_continues_without_gap_or_repeat(killed: Continued) -> None:
+    folder, printed = killed.folder, killed.printed
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert f"step {STEPS}/{STEPS}" in printed
@@ -101,8 +119,17 @@ def test_a_killed_run_continues_without_gap_or_repeat(killed_and_continued: tupl
     assert updates == {STEPS * config.ppo.epochs * config.ppo.minibatches}
 
 
-def test_every_line_of_metrics_has_what_a_user_looks_for(killed_and_continued: tuple[Path, str]) -> None:
-    lines = [json.loads(line) for line in (killed_and_continued[0] / "metrics.jsonl").read_text().splitlines()]
+def test_steps_that_were_run_again_came_out_the_same(killed: Continued) -> None:
+    lines = read_metrics(killed.folder / "metrics.jsonl")
+    assert {line["step"] for line in killed.before_kills} >= {0, 1, 2, 3, 4}
+    for old in killed.before_kills:
+        new = lines[old["step"]]
+        differ = {name for name in old if old[name] != new[name]} - CLOCKED
+        assert not differ, f"step {old['step']}: {differ}"
+
+
+def test_every_line_of_metrics_has_what_a_user_looks_for(killed: Continued) -> None:
+    lines = [json.loads(line) for line in (killed.folder / "metrics.jsonl").read_text().splitlines()]
     expected = {"reward", "reward_raw", "kl", "entropy", "clip_fraction", "approx_kl", "explained_variance", "toxicity"}
     expected |= {"logprob_gap_mean", "logprob_gap_max", "response_length", "tokens_per_s", "disagreement"}
     expected |= {"time_rollout_s", "time_reward_s", "time_learn_s", "time_push_s", "reward/lab-linear"}
@@ -114,8 +141,8 @@ def test_every_line_of_metrics_has_what_a_user_looks_for(killed_and_continued: t
         assert all(value == value for value in line.values())
 
 
-def test_the_judge_looked_on_while_it_trained(killed_and_continued: tuple[Path, str]) -> None:
-    lines = [json.loads(line) for line in (killed_and_continued[0] / "evaluations.jsonl").read_text().splitlines()]
+def test_the_judge_looked_on_while_it_trained(killed: Continued) -> None:
+    lines = [json.loads(line) for line in (killed.folder / "evaluations.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     # The one under way when the driver was killed may be missing.
     assert set(steps) <= {1, 3, 5, 7}
@@ -127,8 +154,8 @@ def test_the_judge_looked_on_while_it_trained(killed_and_continued: tuple[Path, 
         assert line["mean_length"] > 0
 
 
-def test_the_run_folder_is_complete(killed_and_continued: tuple[Path, str]) -> None:
-    folder, printed = killed_and_continued
+def test_the_run_folder_is_complete(killed: Continued) -> None:
+    folder, printed = killed.folder, killed.printed
     evaluation = json.loads((folder / "evaluation.json").read_text())
     for system in ("base", "tuned"):
         assert {"mean_toxicity", "share_toxic", "perplexity", "distinct_2", "mean_length"} <= evaluation[system].keys()
@@ -140,20 +167,20 @@ def test_the_run_folder_is_complete(killed_and_continued: tuple[Path, str]) -> N
     assert "Mean toxicity" in printed
 
 
-def test_the_adapter_loads_with_plain_peft(killed_and_continued: tuple[Path, str]) -> None:
+def test_the_adapter_loads_with_plain_peft(killed: Continued) -> None:
     base = AutoModelForCausalLM.from_pretrained(lab_path("policy"))
     ids = torch.arange(2, 40)[None]
     with torch.no_grad():
         before = base(ids).logits
-        tuned = PeftModel.from_pretrained(base, killed_and_continued[0] / "adapter")
+        tuned = PeftModel.from_pretrained(base, killed.folder / "adapter")
         assert (tuned(ids).logits - before).abs().max() > 1e-3
 
 
 def test_a_complete_run_is_not_run_again_and_not_overwritten(
-    killed_and_continued: tuple[Path, str], refused_line: Callable[..., str]
+    killed: Continued, refused_line: Callable[..., str]
 ) -> None:
-    folder, _ = killed_and_continued
-    arguments = [*COMMAND[1:], "name=killed", f"output_dir={folder.parent}", *SMALL]
+    folder = killed.folder
+    arguments = [*COMMAND[1:], "name=moved", f"output_dir={folder.parent}", *SMALL]
     before = (folder / "metrics.jsonl").read_bytes()
     try:
         again = CliRunner().invoke(app, arguments)
@@ -165,10 +192,8 @@ def test_a_complete_run_is_not_run_again_and_not_overwritten(
         RunFolder(folder).release()
 
 
-def test_an_evaluation_can_be_repeated(
-    killed_and_continued: tuple[Path, str], refused_line: Callable[..., str]
-) -> None:
-    folder, _ = killed_and_continued
+def test_an_evaluation_can_be_repeated(killed: Continued, refused_line: Callable[..., str]) -> None:
+    folder = killed.folder
     before = json.loads((folder / "evaluation.json").read_text())
     again = run([COMMAND[0], "evaluate", str(folder)])
     assert again.returncode == 0, again.stdout + again.stderr

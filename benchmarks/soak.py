@@ -1,0 +1,186 @@
+"""Kill and stop the processes of real runs at random moments, and check that nothing was lost.
+
+    .venv/bin/python benchmarks/soak.py OUTPUT --faults 100
+
+Lab runs follow each other until the faults are used up; a run whose driver ended is started again with the same
+command. After each run: every step once in metrics.jsonl, the adapter's step count never went back, evaluation and
+report are there, nothing of the run is alive, and the adapter is, bit for bit, that of an undisturbed run, which is
+trained first. Each fault is a line of OUTPUT/faults.jsonl.
+"""
+
+import argparse
+import collections
+import json
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from machine import describe, machine
+
+from detox_ray.policy.adapter import load_adapter
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 30  # a stopped process counts as dead after this
+# What a process is called, by what it is to the run.
+ROLES = {
+    "rollout worker": "RolloutWorker",
+    "classifier": "ServeReplica:",
+    "serve controller": "ServeController",
+    "learner": "RayTrainWorker",
+    "train controller": "TrainController",
+    "node": "raylet/raylet",
+    "driver": "bin/detox-ray",
+}
+STOPPABLE = ("rollout worker", "classifier", "learner")
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # outlive a killed driver by a minute or two
+
+
+@dataclass
+class Soak:
+    """A row of runs and the faults that befall them."""
+
+    output: Path
+    steps: int
+    faults: int
+    pause_s: float
+    random: random.Random
+    done: int = 0
+
+    def command(self, name: str) -> list[str]:
+        settings = {
+            "name": name,
+            "output_dir": self.output,
+            "train.total_steps": self.steps,
+            "train.checkpoint_every": 2,
+            "train.max_failures": 1000,
+            "train.timeout_s": TIMEOUT_S,
+            "rollout.timeout_s": TIMEOUT_S,
+            "reward.timeout_s": TIMEOUT_S,
+            "reward.retries": 10,
+            "reward.calibration_prompts": 32,
+            "ppo.batch_size": 32,
+            "evaluation.prompts": 16,
+            "evaluation.samples_per_prompt": 2,
+        }
+        config = str(ROOT / "configs" / "laptop.yaml")
+        return [str(Path(sys.executable).with_name("detox-ray")), "train", config] + [
+            f"{key}={value}" for key, value in settings.items()
+        ]
+
+    def run(self, name: str) -> str:
+        """One run to its end, disturbed while faults are left; the digest of its adapter."""
+        folder, most_steps, attempts = self.output / name, 0, 0
+        while True:
+            attempts += 1
+            check(attempts <= 3 * self.faults + 3, f"{name} does not come to an end")
+            with (self.output / f"{name}.log").open("a", encoding="utf-8") as log:
+                driver = psutil.Popen(self.command(name), stdout=log, stderr=log, cwd=ROOT)
+            family: dict[int, psutil.Process] = {}
+            next_fault = time.monotonic() + self.random.uniform(0, 2 * self.pause_s)
+            while driver.poll() is None:
+                family |= {p.pid: p for p in descendants(driver)}
+                most_steps = self.check_progress(folder, most_steps)
+                if self.done < self.faults and time.monotonic() > next_fault and self.strike(driver, name):
+                    next_fault = time.monotonic() + self.random.uniform(0, 2 * self.pause_s)
+                time.sleep(0.2)
+            self.check_nothing_left(list(family.values()))
+            if driver.returncode == 0:
+                break
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        check(
+            [line["step"] for line in lines] == list(range(self.steps)), f"{name}: steps {[x['step'] for x in lines]}"
+        )
+        for file in ("evaluation.json", "report.html", "generations.parquet"):
+            check((folder / file).is_file(), f"{name}: no {file}")
+        digest = load_adapter(folder / "adapter").digest
+        print(f"{name}: {self.steps} steps in {attempts} commands, adapter {digest[:12]}", flush=True)
+        return digest
+
+    def strike(self, driver: psutil.Process, name: str) -> bool:
+        """Kill or stop one process of a random role; False if that role has none yet."""
+        role = self.random.choice(list(ROLES))
+        found = [p for p in [driver, *descendants(driver)] if ROLES[role] in title(p)]
+        if not found:
+            return False
+        hit = self.random.choice(found)
+        how = signal.SIGSTOP if role in STOPPABLE and self.random.random() < 0.25 else signal.SIGKILL
+        metrics = self.output / name / "metrics.jsonl"
+        steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        try:
+            hit.send_signal(how)
+        except psutil.NoSuchProcess:
+            return False
+        self.done += 1
+        fault = {"fault": self.done, "time": time.time(), "run": name, "role": role, "signal": how.name, "steps": steps}
+        with (self.output / "faults.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fault) + "\n")
+        print(f"{self.done}/{self.faults} {name}, {steps} steps: {how.name} to the {role}", flush=True)
+        return True
+
+    def check_progress(self, folder: Path, most_steps: int) -> int:
+        """The steps behind the adapter in the folder, which must not be fewer than they were."""
+        try:
+            steps = int((folder / "adapter" / "steps.txt").read_text())
+        except (FileNotFoundError, ValueError):
+            return most_steps  # it is being replaced
+        check(steps >= most_steps, f"{folder.name}: the adapter went back from {most_steps} to {steps} steps")
+        return steps
+
+    def check_nothing_left(self, family: list[psutil.Process]) -> None:
+        """Nothing of what a driver started may live on."""
+        _, left = psutil.wait_procs(family, timeout=60)
+        alive = [t for p in left if p.is_running() and (t := title(p)) and not t.startswith(AGENTS)]
+        check(not [t for t in alive if "agent.py" not in t], f"left behind: {alive}")
+
+
+def descendants(driver: psutil.Process) -> list[psutil.Process]:
+    try:
+        return driver.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def title(process: psutil.Process) -> str:
+    """Its command line; nothing for one that has ended."""
+    try:
+        return "" if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def check(is_right: bool, problem: str) -> None:
+    if not is_right:
+        sys.exit(f"FAILED: {problem}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40, help="of each run")
+    parser.add_argument("--pause-s", type=float, default=20.0, help="mean time between faults")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.output = options.output.resolve()
+    options.output.mkdir(parents=True)
+    print(describe(machine([])), flush=True)
+    soak = Soak(options.output, options.steps, 0, options.pause_s, random.Random(options.seed))
+    expected = soak.run("undisturbed")
+    soak.faults = options.faults
+    runs = 0
+    while soak.done < soak.faults:
+        runs += 1
+        check(soak.run(f"run-{runs}") == expected, f"run-{runs}: another adapter than the undisturbed run's")
+    faults = [json.loads(line) for line in (options.output / "faults.jsonl").read_text().splitlines()]
+    counts = collections.Counter((fault["role"], fault["signal"]) for fault in faults)
+    for (role, how), count in sorted(counts.items()):
+        print(f"{count:4} x {how} to the {role}")
+    print(f"passed: {soak.done} faults in {runs} runs of {soak.steps} steps: the same adapter, nothing left behind")
+
+
+if __name__ == "__main__":
+    main()
