@@ -95,6 +95,27 @@ def report(folder: Annotated[Path, typer.Argument(help="run or evaluation folder
 
 
 @app.command()
+def watch(
+    folder: RunPath, once: Annotated[bool, typer.Option("--once", help="print it once and end, as into a pipe")] = False
+) -> None:
+    """Show a run while it goes on, from another terminal: steps, curves, where the time goes, lost workers."""
+    from detox_ray.watch import watch as show
+
+    show(folder, once)
+
+
+@app.command()
+def timeline(
+    folder: RunPath,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file; none: RUN/timeline.json")] = None,
+) -> None:
+    """Write where each step's time went as a Chrome trace, for chrome://tracing or ui.perfetto.dev."""
+    from detox_ray.timeline import write_timeline
+
+    typer.echo(write_timeline(folder, output))
+
+
+@app.command()
 def chat(
     folder: RunPath, seed: Annotated[int, typer.Option(min=0, help="of the first answers; then one more each time")] = 0
 ) -> None:

@@ -39,6 +39,7 @@ CLASSIFIER_PLACEMENT = (
 )  # fmt: skip
 
 LOCK_FILE = ".lock"
+LOG_FILE = "run.log"
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 
 
@@ -101,7 +102,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             _lock(path / LOCK_FILE)
-            _log_to(path / "run.log")
+            log_to(path)
         except OSError as error:
             raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
         return cls(path)
@@ -242,8 +243,8 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): tree}
 
 
-def _log_to(path: Path) -> None:
-    """Send our own log lines to the run's log file."""
+def log_to(folder: Path) -> None:
+    """Send this process's own log lines to the run's log file, of which each process appends whole lines."""
     logger = logging.getLogger("detox_ray")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -251,6 +252,6 @@ def _log_to(path: Path) -> None:
         if isinstance(handler, logging.FileHandler):
             logger.removeHandler(handler)
             handler.close()
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)

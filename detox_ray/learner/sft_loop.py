@@ -23,6 +23,7 @@ from detox_ray.metrics_file import (
 )
 from detox_ray.policy.policy import Policy
 from detox_ray.records import TokenizedExample
+from detox_ray.run_folder import log_to
 from detox_ray.sft_config import SFTConfig
 from detox_ray.tracking.tracker import open_tracker
 
@@ -42,6 +43,7 @@ class TuningTask:
 def sft_loop(settings: dict[str, TuningTask]) -> None:
     """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
     task = settings["task"]
+    log_to(Path(task.run_dir))
     with failures_left_in(Path(task.run_dir)):
         _tune(task)
 

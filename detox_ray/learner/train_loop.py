@@ -29,6 +29,7 @@ from detox_ray.metrics_file import (
 from detox_ray.policy.adapter import Adapter
 from detox_ray.policy.policy import Canary, Policy
 from detox_ray.records import Rollout
+from detox_ray.run_folder import log_to
 from detox_ray.tracking.tracker import JUDGE, open_tracker
 
 
@@ -79,6 +80,7 @@ class LearnerTask:
 def train_loop(settings: dict[str, LearnerTask]) -> None:
     """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
     task = settings["task"]
+    log_to(Path(task.run_dir))
     with failures_left_in(Path(task.run_dir)):
         _train(task)
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from detox_ray.data.example_split import load_examples
 from detox_ray.learner.sft import SFT, BucketedBatches
+from detox_ray.metric_names import TUNING
 from detox_ray.policy.adapter import Adapter, load_adapter
 from detox_ray.policy.load import end_token_ids, load_tokenizer
 from detox_ray.policy.policy import Policy
@@ -81,6 +82,7 @@ def test_a_killed_run_continues_as_the_run_it_would_have_been(config: Path, tiny
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     losses, best = undisturbed(load_sft_config(config))
     assert [line["step"] for line in lines] == list(range(STEPS))
+    assert {name for line in lines for name in line} == TUNING.keys()
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
     result = json.loads((folder / "fine_tuning.json").read_text())
     assert result["dev_loss"] == min(line["dev_loss"] for line in lines if "dev_loss" in line)

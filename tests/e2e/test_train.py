@@ -24,7 +24,7 @@ from detox_ray import load_config
 from detox_ray.cli import app
 from detox_ray.data.lab import lab_path
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint
-from detox_ray.metric_names import FAMILIES, TRAINING
+from detox_ray.metric_names import FAMILIES, JUDGED, TRAINING
 from detox_ray.metrics_file import read_metrics
 from detox_ray.run_folder import RunFolder
 
@@ -152,6 +152,7 @@ def test_the_judge_looked_on_while_it_trained(killed: Continued) -> None:
         assert 0 <= line["mean_toxicity"] <= 1
         assert line["responses"] == 8
         assert line["mean_length"] > 0
+        assert line.keys() == JUDGED.keys()
 
 
 def test_the_run_folder_is_complete(killed: Continued) -> None:
