@@ -24,6 +24,7 @@ from detox_ray.evaluation.examples import SystemExamples, system_examples
 from detox_ray.evaluation.figures import Figure
 from detox_ray.evaluation.metric_format import (
     METRICS,
+    TIMES,
     format_factor,
     format_percent_change,
     format_percent_change_range,
@@ -44,7 +45,7 @@ from detox_ray.evaluation.run_files import (
 )
 from detox_ray.evaluation.tables import Table
 from detox_ray.evaluation.training_figures import evaluation_curves, training_curves
-from detox_ray.metrics_file import EVALUATIONS_FILE, METRICS_FILE
+from detox_ray.metrics_file import EVALUATIONS_FILE, METRICS_FILE, REJECTED_FILE
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class ReportContent:
     is_lab: bool
     headlines: list[Headline]
     warnings: list[str]
+    rejections: list[str]
     metrics: Table
     split_metrics: list[Table]
     small_print: list[str]
@@ -127,6 +129,7 @@ def gather(folder: Path) -> ReportContent:
         is_lab=str(section(config, "policy").get("model", "")).startswith(LAB_PREFIX),
         headlines=_headlines(evaluation),
         warnings=[gap.warning] if gap and gap.warning else [],
+        rejections=_rejections(read_lines(folder / REJECTED_FILE)),
         metrics=tables.metric_table(evaluation),
         split_metrics=[tables.metric_table(evaluation, split) for split in splits(evaluation) if split != "all"],
         small_print=_small_print(evaluation),
@@ -147,6 +150,15 @@ def gather(folder: Path) -> ReportContent:
         config_text=config_text,
         evaluation=evaluation,
     )
+
+
+def _rejections(lines: list[dict[str, Any]]) -> list[str]:
+    """What became of steps that diverged, a sentence each."""
+    return [
+        f"Step {line['step'] + 1} was rejected: {line['reason']}. The run went back to the last good adapter and on "
+        f"with learning rates {TIMES}{line['rate_scale']:g}."
+        for line in lines
+    ]
 
 
 def _title(name: str, evaluation: Evaluation) -> str:

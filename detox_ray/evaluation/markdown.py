@@ -13,7 +13,7 @@ def markdown_report(content: ReportContent) -> str:
     for headline in content.headlines:
         parts.append(f"**{plain(headline.verdict)}**")
         parts.append(_bullets(headline.cautions))
-    parts.append(_bullets(content.warnings))
+    parts.append(_bullets([*content.warnings, *content.rejections]))
     if content.is_lab:
         parts.append(
             "This run used the built-in lab; it proves that the machinery works and says nothing of other models."

@@ -279,6 +279,14 @@ def test_metrics_of_a_killed_and_resumed_run(pair, caplog):
     assert "1 lines are not metrics" in caplog.text
 
 
+def test_rejected_steps_are_said_before_the_table(pair):
+    line = {"step": 4, "reason": "the loss is no number", "rate_scale": 0.3, "stopped": False}
+    (pair / "rejected_steps.jsonl").write_text(json.dumps(line))
+    html = write_report(pair).read_text()
+    assert html.index("Step 5 was rejected: the loss is no number.") < html.index("All metrics")
+    assert f"learning rates {TIMES}0.3" in (pair / "report.md").read_text()
+
+
 def test_loss_of_fluency_is_said_before_the_table(pair):
     def lose(content):
         content["comparisons"]["tuned"]["all"]["ratio"] = {
