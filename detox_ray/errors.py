@@ -1,6 +1,7 @@
 """The errors a user can cause or must act on; the command line prints each in one line and exits with code 2."""
 
 import errno
+import os
 
 
 class DetoxError(Exception):
@@ -35,12 +36,11 @@ class StorageError(DetoxError):
     """A run folder cannot be written any more, or what is in it is damaged."""
 
 
-def storage_error(error: OSError) -> StorageError | None:
-    """What a user must do about a full or lost disk; None if the error is of another kind."""
+def storage_error(error: OSError, folder: str = "") -> StorageError | None:
+    """What a user must do about a full or read-only disk; None if the error is of another kind."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return None
-    where = f" at {error.filename}" if error.filename else ""
     return StorageError(
-        f"cannot write{where}: {(error.strerror or str(error)).splitlines()[0]}; free some space, then start the same "
-        "command again to continue from the last whole checkpoint"
+        f"cannot write to {folder or error.filename or 'disk'} ({os.strerror(error.errno)}); make room, then start the "
+        "same command again: a run continues from its last whole checkpoint"
     )

@@ -18,8 +18,11 @@ STEPS_FILE = "steps.txt"  # in the adapter's folder: how many steps it was train
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file whole: whoever reads it, also after a kill, finds the old content or the new."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def append_metrics(path: Path, line: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from detox_ray.config import LearnerConfig
 from detox_ray.errors import DetoxError
@@ -64,6 +64,9 @@ def run_learners(
     except TrainingFailedError as error:
         logger.error("the learner failed", exc_info=error)
         run.raise_failure()
+        failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+        if ours := next((failure for failure in failures if isinstance(failure, DetoxError)), None):
+            raise ours from error
         raise DetoxError(
             f"the learner crashed more than train.max_failures={config.max_failures} times "
             f"({str(error).strip().splitlines()[-1].strip()}); see {run.path / 'run.log'}, "

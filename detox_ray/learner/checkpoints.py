@@ -62,7 +62,7 @@ def failures_left_in(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except (DetoxError, OSError) as error:
-        ours = error if isinstance(error, DetoxError) else storage_error(error)
+        ours = error if isinstance(error, DetoxError) else storage_error(error, str(run_dir))
         if ours is None:
             raise
         try:

@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         write_checkpoint(tmp_path, 0, adapter_of(0), {"moments": torch.zeros(100_000)})
     problem = storage_error(caught.value)
-    assert "free some space" in str(problem)
+    assert "(No space left on device); make room" in str(problem)
     assert "\n" not in str(problem)
     assert not (tmp_path / "manifest.json").exists()
     assert storage_error(OSError(errno.ENOENT, "gone")) is None
