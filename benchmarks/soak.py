@@ -80,12 +80,12 @@ class Soak:
             with (self.output / f"{name}.log").open("a", encoding="utf-8") as log:
                 driver = psutil.Popen(self.command(name), stdout=log, stderr=log, cwd=ROOT)
             family: dict[int, psutil.Process] = {}
-            next_fault = time.monotonic() + self.random.uniform(0, 2 * self.pause_s)
+            next_fault, role = self.draw()
             while driver.poll() is None:
                 family |= {p.pid: p for p in descendants(driver)}
                 most_steps = self.check_progress(folder, most_steps)
-                if self.done < self.faults and time.monotonic() > next_fault and self.strike(driver, name):
-                    next_fault = time.monotonic() + self.random.uniform(0, 2 * self.pause_s)
+                if self.done < self.faults and time.monotonic() > next_fault and self.strike(driver, name, role):
+                    next_fault, role = self.draw()
                 time.sleep(0.2)
             self.check_nothing_left(list(family.values()))
             if driver.returncode == 0:
@@ -100,9 +100,12 @@ class Soak:
         print(f"{name}: {self.steps} steps in {attempts} commands, adapter {digest[:12]}", flush=True)
         return digest
 
-    def strike(self, driver: psutil.Process, name: str) -> bool:
-        """Kill or stop one process of a random role; False if that role has none yet."""
-        role = self.random.choice(list(ROLES))
+    def draw(self) -> tuple[float, str]:
+        """When the next fault is due, on the monotonic clock, and whom it befalls."""
+        return time.monotonic() + self.random.uniform(0, 2 * self.pause_s), self.random.choice(list(ROLES))
+
+    def strike(self, driver: psutil.Process, name: str, role: str) -> bool:
+        """Kill or stop one process of the role; False if there is none yet."""
         found = [p for p in [driver, *descendants(driver)] if ROLES[role] in title(p)]
         if not found:
             return False
