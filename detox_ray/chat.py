@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from detox_ray.config import Config
+from detox_ray.config import Config, RolloutConfig
 from detox_ray.data.templates import DialogueTemplate
 from detox_ray.errors import ConfigError
 from detox_ray.plan import with_lab
@@ -19,9 +19,11 @@ from detox_ray.policy.load import end_token_ids, load_model_config, load_tokeniz
 from detox_ray.policy.policy import check_adapter
 from detox_ray.policy.systems import Systems
 from detox_ray.run_folder import RunFolder
+from detox_ray.sft_config import SFTConfig, parse_run_config
 from detox_ray.terminal import Terminal
 
 REDRAWS_PER_S = 8
+TUNED_ROLLOUT = RolloutConfig(max_new_tokens=128)  # a fine-tuning's configuration says nothing of sampling
 
 
 @dataclass
@@ -35,23 +37,23 @@ class Speaker:
 class Chat:
     """The systems of a run, each with a dialogue of its own."""
 
-    def __init__(self, run: RunFolder, config: Config) -> None:
+    def __init__(self, run: RunFolder, config: Config | SFTConfig) -> None:
         """Load the base once, with every adapter on it.
 
         Raises:
             ModelError, ConfigError: a model cannot be loaded, or the template does not fit the tokenizer.
         """
         policy, data = config.policy, config.data
-        adapters = systems_of(run, policy)
+        adapters = systems_of(run, policy, "RLAF" if isinstance(config, Config) else "Fine-tuned")
         for path in adapters.values():
             check_adapter(policy.model_copy(update={"adapter": str(path)}))
         self.speakers = [Speaker(name) for name in ("Base", *adapters)]
         self._tokenizer = load_tokenizer(policy)
         self._template = DialogueTemplate(self._tokenizer, data.template, data.turn_separator)
-        self._is_dialogue = data.format != "text" or data.template != "none"
+        self._is_dialogue = data.format not in {"text", None} or data.template != "none"
         self._end_ids = end_token_ids(policy, self._tokenizer)
         self._positions = getattr(load_model_config(policy), "max_position_embeddings", 2048)
-        self._rollout = config.rollout
+        self._rollout = config.rollout if isinstance(config, Config) else TUNED_ROLLOUT
         device = torch.device("cuda" if config.train.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         self._systems = Systems(policy, list(adapters.values()), device)
 
@@ -84,15 +86,16 @@ def chat(folder: str | Path, seed: int = 0) -> None:
     """Read lines from standard input until it ends, and answer each of them.
 
     Raises:
-        ConfigError, ModelError: the folder is no run of `detox-ray train`, or its models cannot be loaded.
+        ConfigError, ModelError: the folder is no run, or its models cannot be loaded.
     """
     terminal = Terminal()
     run = RunFolder.existing(folder)
-    config = with_lab(run.read_config(Config), terminal)
+    config = with_lab(parse_run_config(run.read_config_tree()), terminal)
     terminal.stage("loading the model")
     chat = Chat(run, config)
     if len(chat.speakers) == 1:
-        terminal.stage(f"this run has no adapter yet, so the base answers alone: detox-ray train {run.config_file}")
+        command = "train" if isinstance(config, Config) else "sft"
+        terminal.stage(f"this run has no adapter yet, so the base answers alone: detox-ray {command} {run.config_file}")
     terminal.stage("answers may be offensive; an empty line or Ctrl-D ends it")
     console = terminal.console
     while (text := _line(console)) is not None:

@@ -272,7 +272,9 @@ def playground(
 @app.command()
 def config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved configuration."""
-    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
+    from detox_ray.sft_config import load_run_config
+
+    typer.echo(dump_config(load_run_config(config, overrides or [])), nl=False)
 
 
 @app.command()
@@ -284,12 +286,17 @@ def plan(
     """Say what a run needs of memory and of Ray, by role, and refuse one that cannot fit; loads nothing."""
     from detox_ray import memory_plan
     from detox_ray.data.lab import resolve_lab
-    from detox_ray.placement import placement_table, placements
+    from detox_ray.placement import learner_placement, placement_table, placements
+    from detox_ray.sft_config import SFTConfig, load_run_config
+    from detox_ray.tuning_memory import plan_tuning_memory
 
-    settings = resolve_lab(load_config(config, overrides or []))
-    planned = memory_plan.plan_memory(settings)
-    Console().print(memory_plan.memory_table(planned), placement_table(placements(settings)))
-    memory_plan.check_memory(planned, *memory_plan.available_memory(settings, gpu_memory_gib))
+    settings = resolve_lab(load_run_config(config, overrides or []))
+    if isinstance(settings, SFTConfig):
+        planned, needed = plan_tuning_memory(settings), [learner_placement(settings.train)]
+    else:
+        planned, needed = memory_plan.plan_memory(settings), placements(settings)
+    Console().print(memory_plan.memory_table(planned), placement_table(needed))
+    memory_plan.check_memory(planned, *memory_plan.available_memory(planned, settings.ray, gpu_memory_gib))
 
 
 @app.command()

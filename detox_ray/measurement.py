@@ -89,7 +89,7 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
                 answers |= {r.name: [r] for r in _answers_on(base, config, folder, terminal)}
     systems = [responses for system in config.systems for responses in answers[system.name]]
     known = {file.responses.name: file.scores for of_system in files.values() for file in of_system}
-    steps = {"steps": folder.trained_steps()} if config.heldout_of_run and folder.adapter.exists() else {}
+    steps = {"steps": folder.trained_steps()} if folder.adapter.exists() else {}
     return judge_and_report(config, folder, systems, terminal, known, **steps)
 
 

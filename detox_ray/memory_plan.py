@@ -10,9 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.cluster import cluster_address
-from detox_ray.config import Config
+from detox_ray.config import Config, LearnerConfig, PolicyConfig, RayConfig
 from detox_ray.errors import ConfigError
-from detox_ray.placement import placements, total_needed
 from detox_ray.policy.footprint import (
     Skeleton,
     activation_bytes,
@@ -23,6 +22,7 @@ from detox_ray.policy.footprint import (
     weight_bytes,
 )
 from detox_ray.policy.load import compute_dtype
+from detox_ray.ppo_config import OptimizerConfig
 from detox_ray.rewards.model_config import load_model_config as load_classifier_config
 from detox_ray.rollout.engine import choose_engine
 
@@ -79,7 +79,8 @@ def plan_memory(config: Config) -> MemoryPlan:
     """
     device = torch.device("cuda" if config.train.num_gpus > 0 else "cpu")
     shape = skeleton(config.policy, compute_dtype(config.policy, device))
-    roles = [_learner(config, shape), _rollout_worker(config, shape)]
+    batch = _activations(config, shape, config.policy.gradient_checkpointing)
+    roles = [learner_role(config.policy, config.train, config.ppo, shape, batch), _rollout_worker(config, shape)]
     roles += [_classifier(classifier) for classifier in config.reward.classifiers]
     longest = config.data.max_tokens + 1 + config.rollout.max_new_tokens
     held = config.rollout.kv_cache_mib * 2**20 / (cache_bytes_per_token(shape) * longest)
@@ -110,14 +111,16 @@ def check_memory(plan: MemoryPlan, gpu_bytes: float | None, main_bytes: float | 
         )
 
 
-def available_memory(config: Config, gpu_memory_gib: float | None) -> tuple[float | None, float | None]:
+def available_memory(
+    plan: MemoryPlan, ray: RayConfig, gpu_memory_gib: float | None
+) -> tuple[float | None, float | None]:
     """(bytes of one GPU, bytes of main memory) to check a run against; None where that is another machine's."""
     if gpu_memory_gib is not None:
         gpu: float | None = gpu_memory_gib * GIB
     else:
         gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    gpus = total_needed(placements(config)).get("GPU", 0)
-    elsewhere = cluster_address(config.ray) is not None or (gpus > 0 and not torch.cuda.is_available())
+    needs_gpu = any(role.gpus > 0 for role in plan.roles)
+    elsewhere = cluster_address(ray) is not None or (needs_gpu and not torch.cuda.is_available())
     return gpu, None if elsewhere else float(psutil.virtual_memory().available)
 
 
@@ -135,17 +138,20 @@ def memory_table(plan: MemoryPlan) -> Table:
     return table
 
 
-def _learner(config: Config, shape: Skeleton) -> Role:
-    policy, trained = config.policy, shape.adapter_parameters()
-    process = CUDA_BYTES if config.train.num_gpus > 0 else PROCESS_BYTES["learner"]
+def learner_role(
+    policy: PolicyConfig, learner: LearnerConfig, optimizer: OptimizerConfig, shape: Skeleton, batch: float
+) -> Role:
+    """The learners; `batch` is what one pass keeps, in bytes."""
+    trained = shape.adapter_parameters()
+    process = CUDA_BYTES if learner.num_gpus > 0 else PROCESS_BYTES["learner"]
     purposes = {
         "weights": weight_bytes(shape, policy.quantization, policy.double_quantization)
         + (dequantization_bytes(shape) if policy.quantization == "nf4" else 0),
-        "trained": trained * (4 + GRADIENT_BYTES + MOMENT_BYTES[config.ppo.optimizer]),
-        "batch": _activations(config, shape, policy.gradient_checkpointing),
+        "trained": trained * (4 + GRADIENT_BYTES + MOMENT_BYTES[optimizer.optimizer]),
+        "batch": batch,
         "process": process,
     }
-    return Role("learner", config.train.workers, config.train.num_gpus, purposes)
+    return Role("learner", learner.workers, learner.num_gpus, purposes)
 
 
 def _activations(config: Config, shape: Skeleton, checkpointing: bool, accumulation: int | None = None) -> float:
@@ -193,10 +199,7 @@ def _classifier(classifier: ClassifierConfig) -> Role:
 def _remedies(config: Config, shape: Skeleton) -> dict[str, float]:
     """Settings that would make a learner smaller -> bytes they would save."""
     policy, ppo = config.policy, config.ppo
-    found = {}
-    if policy.quantization != "nf4":
-        smaller = weight_bytes(shape, "nf4") + dequantization_bytes(shape)
-        found["policy.quantization=nf4"] = weight_bytes(shape, policy.quantization) - smaller
+    found = quantization_remedy(policy, shape)
     now = _activations(config, shape, policy.gradient_checkpointing)
     if not policy.gradient_checkpointing:
         found["policy.gradient_checkpointing=true"] = now - _activations(config, shape, True)
@@ -204,7 +207,20 @@ def _remedies(config: Config, shape: Skeleton) -> dict[str, float]:
     if ppo.batch_size % (config.train.workers * ppo.minibatches * doubled) == 0:
         saved = now - _activations(config, shape, policy.gradient_checkpointing, doubled)
         found[f"ppo.gradient_accumulation={doubled}"] = saved
-    return {setting: saved for setting, saved in found.items() if saved > SMALLEST_SAVING}
+    return worthwhile(found)
+
+
+def quantization_remedy(policy: PolicyConfig, shape: Skeleton) -> dict[str, float]:
+    """What NF4 would save, where the base is not in NF4 already."""
+    if policy.quantization == "nf4":
+        return {}
+    smaller = weight_bytes(shape, "nf4") + dequantization_bytes(shape)
+    return {"policy.quantization=nf4": weight_bytes(shape, policy.quantization) - smaller}
+
+
+def worthwhile(remedies: dict[str, float]) -> dict[str, float]:
+    """Those that save enough to be worth a change of settings."""
+    return {setting: saved for setting, saved in remedies.items() if saved > SMALLEST_SAVING}
 
 
 def _advice(plan: MemoryPlan) -> str:

@@ -20,7 +20,9 @@ from detox_ray.config_file import Overrides, parse_section, read_tree
 from detox_ray.config_section import Section, absolute_path
 from detox_ray.data.sources import FILE_SUFFIXES
 from detox_ray.errors import ConfigError
+from detox_ray.metrics_file import DEV_PROMPTS_FILE
 from detox_ray.run_folder import RunFolder
+from detox_ray.sft_config import SFTConfig, parse_run_config
 
 SAMPLES_PER_PROMPT = 25  # of RealToxicityPrompts, as are the 20 tokens of RolloutConfig
 
@@ -101,8 +103,8 @@ def meter_config(target: str | Path, overrides: Overrides = ()) -> MeterConfig:
     if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         run = RunFolder.existing(path)
         if not run.adapter.exists():
-            raise ConfigError(f"{path} has no adapter yet; continue it with detox-ray train {run.config_file}")
-        of_run = meter_of_run(run, run.read_config(Config))
+            raise ConfigError(f"{path} has no adapter yet; continue the run with the command that started it")
+        of_run = meter_of_folder(run)
         meter = parse_section(MeterConfig, read_tree(of_run.model_dump(), overrides))
         _keep_apart(meter, of_run)
         return meter
@@ -126,13 +128,53 @@ def _keep_apart(meter: MeterConfig, of_run: MeterConfig) -> None:
     Raises:
         ConfigError: the overrides of a run's evaluation mix them.
     """
+    if not of_run.heldout_of_run and meter.folder == of_run.folder and meter.data.source != of_run.data.source:
+        raise ConfigError(f"other prompts would replace the evaluation of {of_run.name}; give them a name=... too")
     if meter.heldout_of_run and (meter.data, meter.seed) != (of_run.data, of_run.seed):
         raise ConfigError(
             f"with another data or seed, prompts that {of_run.name} was trained on would count as held out; keep both, "
             "or name prompts it has never seen: data.source=... heldout_of_run=false name=..."
         )
-    if not meter.heldout_of_run and meter.folder == of_run.folder:
+    if of_run.heldout_of_run and not meter.heldout_of_run and meter.folder == of_run.folder:
         raise ConfigError(f"heldout_of_run=false would replace the evaluation of {of_run.name}; give it a name=... too")
+
+
+def meter_of_folder(run: RunFolder) -> MeterConfig:
+    """The evaluation of a run of either kind.
+
+    Raises:
+        ConfigError: its configuration cannot be read.
+    """
+    config = parse_run_config(run.read_config_tree())
+    return meter_of_run(run, config) if isinstance(config, Config) else meter_of_tuning(run, config)
+
+
+def meter_of_tuning(run: RunFolder, config: SFTConfig) -> MeterConfig:
+    """The evaluation of a fine-tuning's base and adapter on the prompts of its dev examples, by the default judge.
+
+    Raises:
+        ConfigError: the prompts are not in the folder.
+    """
+    prompts, evaluation = run.path / DEV_PROMPTS_FILE, EvaluationConfig()
+    if not prompts.is_file():
+        raise ConfigError(f"{prompts} is missing; the command that started the run writes it again")
+    start = config.policy.model_copy(update={"adapter": None, "reference": "base"})
+    return MeterConfig(
+        name=run.path.name,
+        output_dir=str(run.path.parent),
+        seed=config.seed,
+        systems=[
+            SystemConfig(name="base", policy=start),
+            SystemConfig(name="fine-tuned", policy=start.model_copy(update={"adapter": str(run.adapter)})),
+        ],
+        # Whole prompts: a cut would take away what the template ends them with.
+        data=DataConfig(source=str(prompts), max_tokens=config.data.max_tokens, too_long="drop"),
+        prompts=evaluation.prompts,
+        rollout=RolloutConfig(samples_per_prompt=evaluation.samples_per_prompt),
+        perplexity_model=config.policy.model,
+        perplexity_revision=config.policy.revision,
+        ray=config.ray,
+    )
 
 
 def meter_of_run(run: RunFolder, config: Config) -> MeterConfig:

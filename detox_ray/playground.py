@@ -29,6 +29,7 @@ from detox_ray.serving.playground.engine import EngineSetup
 from detox_ray.serving.playground.prompts import OfferedPrompt
 from detox_ray.serving.playground.request import LONGEST_ANSWER_TOKENS
 from detox_ray.serving.playground.setup import Missing, PageSetup
+from detox_ray.sft_config import parse_run_config
 from detox_ray.terminal import Terminal
 
 APP_NAME = "playground"
@@ -53,8 +54,8 @@ def playground(
         prompts: a file whose prompts are offered instead of the run's held-out ones; `text_column` holds the text.
 
     Raises:
-        ConfigError, DataError, ModelError: something does not fit, gradio is missing or the port is taken; nothing has
-            started yet.
+        ConfigError, DataError, ModelError: something does not fit, the run is a fine-tuning, gradio is missing or the
+            port is taken; nothing has started yet.
         RewardError: engine or classifiers do not start.
     """
     if find_spec("gradio") is None:
@@ -62,7 +63,12 @@ def playground(
     http = parse_section(HttpConfig, {"host": host, "port": port})
     terminal = Terminal(quiet)
     run = RunFolder.existing(folder)
-    given = run.read_config(Config)
+    given = parse_run_config(run.read_config_tree())
+    if not isinstance(given, Config):
+        raise ConfigError(
+            f"{run.path} holds a fine-tuning, which has no reward to show; talk to it with detox-ray chat {folder}, or "
+            "open the page of a detox-ray train run that started from its adapter"
+        )
     config = with_lab(given, terminal)
     scorers = [*config.reward.classifiers, config.evaluation.judge]
     for scorer in scorers:
@@ -104,10 +110,10 @@ def wait_for_page(address: str) -> None:
     raise DetoxError(f"the page at {address} did not come within {PAGE_TIMEOUT_S:g} s; see the logs of Ray Serve")
 
 
-def systems_of(run: RunFolder, policy: PolicyConfig) -> dict[str, Path]:
+def systems_of(run: RunFolder, policy: PolicyConfig, made: str = "RLAF") -> dict[str, Path]:
     """The adapters of a run by what the page calls them: the one it started from, and the one it made."""
     found = {"Fine-tuned": Path(policy.adapter)} if policy.adapter is not None else {}
-    return found | ({"RLAF": run.adapter} if run.adapter.exists() else {})
+    return found | ({made: run.adapter} if run.adapter.exists() else {})
 
 
 def engine_setup(config: Config, adapters: tuple[Path, ...]) -> EngineSetup:

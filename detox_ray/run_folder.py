@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from detox_ray import errors
 from detox_ray.config import PolicyConfig, RewardConfig, RunSettings
-from detox_ray.config_file import dump_config, parse_section
+from detox_ray.config_file import dump_config, parse_section, read_tree
 from detox_ray.config_section import S
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.metrics_file import (
@@ -140,14 +138,24 @@ class RunFolder:
         Raises:
             ConfigError: it is of another kind of run.
         """
-        tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
+        tree = self.read_config_tree()
         if ("reward" in tree) != ("reward" in kind.model_fields):
-            found = "detoxification run (detox-ray train)" if "reward" in tree else "fine-tuning run (detox-ray sft)"
+            found, wanted = "detoxification run (detox-ray train)", "fine-tuning run (detox-ray sft)"
+            if "reward" not in tree:
+                found, wanted = wanted, found
             raise ConfigError(
-                f"{self.path} holds a {found}; choose another name=..., or name its adapter: as policy.adapter, or as "
-                "a system of an evaluation such as configs/meter.yaml"
+                f"{self.path} holds a {found}, and this needs a {wanted}; choose another name=..., which can go on "
+                f"from policy.adapter={self.adapter}"
             )
         return parse_section(kind, tree)
+
+    def read_config_tree(self) -> dict[str, Any]:
+        """The configuration the run was started with, as it stands in the file.
+
+        Raises:
+            ConfigError: it is not YAML.
+        """
+        return read_tree(self.config_file)
 
     def read_calibrated(self) -> RewardConfig | None:
         """The reward configuration with the calibrations that were fitted when the run started."""

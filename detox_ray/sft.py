@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from detox_ray.cluster import cluster_address, local_capacity, ray_session, wait_in_words
-from detox_ray.data.example_split import ExampleSplit, load_examples
+from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.learner.sft_loop import TuningTask, sft_loop
-from detox_ray.metrics_file import FINE_TUNING_FILE
+from detox_ray.metrics_file import DEV_PROMPTS_FILE, FINE_TUNING_FILE, write_atomically
 from detox_ray.placement import check_placements, learner_placement
 from detox_ray.plan import with_lab
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
@@ -100,6 +100,7 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
         raise ModelError(f"the tokenizer of {config.policy.model} has no end token, so no response could end; set one")
     examples = load_examples(config.data, tokenizer, end_ids, config.seed)
     run = RunFolder.open(given)
+    write_atomically(run.path / DEV_PROMPTS_FILE, dev_prompts(examples, tokenizer))
     terminal.stage(f"run folder {run.path}")
     terminal.stage(
         f"{len(examples.train)} examples to train on and {len(examples.dev)} for the dev loss, read as "

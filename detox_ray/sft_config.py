@@ -1,11 +1,11 @@
 """The configuration of a supervised fine-tuning."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from detox_ray.config import DialogueFormat, LearnerConfig, PolicyConfig, RunSettings, Template
+from detox_ray.config import Config, DialogueFormat, LearnerConfig, PolicyConfig, RunSettings, Template
 from detox_ray.config_file import Overrides, parse_section, read_tree
 from detox_ray.config_section import Section, absolute_path
 from detox_ray.ppo_config import OptimizerConfig
@@ -75,6 +75,22 @@ class SFTConfig(RunSettings):
             for key in keys:
                 tree[section][key] = absolute_path(tree[section][key])
         return SFTConfig.model_validate(tree)
+
+
+def load_run_config(path: str | Path, overrides: Overrides = ()) -> Config | SFTConfig:
+    """The configuration of a run of either kind, told by its sections; errors as `load_config`."""
+    return parse_run_config(read_tree(path, overrides))
+
+
+def parse_run_config(tree: dict[str, Any]) -> Config | SFTConfig:
+    """A run of either kind in a plain tree: what has none of the sections about rewards and rollouts is a fine-tuning.
+
+    Errors as `load_config`.
+    """
+    of_detoxification = Config.model_fields.keys() - SFTConfig.model_fields.keys()
+    if tree.keys() & of_detoxification:
+        return parse_section(Config, tree)
+    return parse_section(SFTConfig, tree)
 
 
 def load_sft_config(path: str | Path, overrides: Overrides = ()) -> SFTConfig:

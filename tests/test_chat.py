@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from detox_ray.chat import Chat
 from detox_ray.cli import app
 from detox_ray.config import Config
+from detox_ray.config_file import dump_config
 from detox_ray.errors import ConfigError
 from detox_ray.run_folder import RunFolder
+from detox_ray.sft_config import SFTConfig
 
 pytestmark = pytest.mark.unit
 
@@ -69,6 +71,18 @@ def test_the_command_answers_until_an_empty_line(tiny_model: str, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert "Base" in result.output
     assert "RLAF" in result.output
+
+
+def test_a_fine_tuning_is_talked_to_as_it_was_taught(tiny_model: str, tmp_path: Path) -> None:
+    run_with_adapter(tmp_path / "run", tiny_model, "none")
+    policy = {"model": tiny_model, "quantization": "none", "lora": {"rank": 4}}
+    tuning = SFTConfig.model_validate({"policy": policy, "data": {"template": "Q{prompt}A"}})
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(tuning))
+    chat = Chat(RunFolder.existing(tmp_path / "run"), tuning)
+    assert [speaker.name for speaker in chat.speakers] == ["Base", "Fine-tuned"]
+    answers = said(chat, "hello")
+    assert answers[0] != answers[1]
+    assert chat.speakers[1].turns == ["hello", answers[1]]
 
 
 def test_what_is_refused(tiny_model: str, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from detox_ray.config import Config
 from detox_ray.config_file import load_config
 from detox_ray.errors import ConfigError
 from detox_ray.memory_plan import GIB, check_memory, memory_table, plan_memory
+from detox_ray.sft_config import SFTConfig
+from detox_ray.tuning_memory import plan_tuning_memory
 
 pytestmark = pytest.mark.unit
 LAPTOP = Path(__file__).parents[1] / "configs" / "laptop.yaml"
@@ -65,3 +67,25 @@ def test_the_command(model: str) -> None:
     result = CliRunner().invoke(app, ["plan", str(LAPTOP), *given])
     assert isinstance(result.exception, ConfigError)
     assert "2 x rollout" in result.output
+
+
+def test_a_fine_tuning_has_learners_alone(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "sft.yaml"
+    path.write_text(f"data: {{source: pairs.jsonl}}\npolicy: {{model: {model}}}\ntrain: {{microbatch_tokens: 2048}}\n")
+    tuning = SFTConfig.model_validate({"policy": {"model": model}, "train": {"num_gpus": 1, "num_cpus": 0}})
+    (learner,) = plan_tuning_memory(tuning).roles
+    detoxification = plan_memory(configured(model, "train.num_gpus=1", "train.num_cpus=0")).roles[0]
+    same = ("weights", "trained", "process")
+    assert [learner.bytes[purpose] for purpose in same] == [detoxification.bytes[purpose] for purpose in same]
+    halved = tuning.train.model_copy(update={"microbatch_tokens": 2048})
+    (smaller,) = plan_tuning_memory(tuning.model_copy(update={"train": halved})).roles
+    assert smaller.bytes["batch"] < 0.6 * learner.bytes["batch"]
+    result = CliRunner().invoke(app, ["plan", str(path), "train.num_gpus=1", "--gpu-memory-gib", "1"])
+    assert isinstance(result.exception, ConfigError)
+    assert "train.microbatch_tokens=1024 (saves" in str(result.exception)
+    assert "1 x learner" in result.output
+
+
+def test_an_encoder_decoder_is_fine_tuned_within_the_same_tokens(tiny_t5: str) -> None:
+    (learner,) = plan_tuning_memory(SFTConfig.model_validate({"policy": {"model": tiny_t5}})).roles
+    assert learner.bytes["batch"] > 0

@@ -7,6 +7,7 @@ import pytest
 from detox_ray import ConfigError
 from detox_ray.config_file import dump_config, parse_config
 from detox_ray.meter_config import meter_config
+from detox_ray.sft_config import SFTConfig
 
 pytestmark = pytest.mark.unit
 
@@ -53,6 +54,29 @@ def test_training_prompts_never_count_as_held_out(run: Path, override: str) -> N
     with pytest.raises(ConfigError, match="would replace the evaluation of mine"):
         meter_config(run, [override, "heldout_of_run=false"])
     assert meter_config(run, [override, "heldout_of_run=false", "name=other"]).folder == run.parent / "other"
+
+
+def test_a_fine_tuning_is_its_base_and_its_adapter_on_the_prompts_of_its_dev_examples(run: Path) -> None:
+    tuning = SFTConfig.model_validate({"name": "mine", "seed": 5, "data": {"max_tokens": 99}, "policy": {"model": "m"}})
+    (run / "config.yaml").write_text(dump_config(tuning))
+    with pytest.raises(ConfigError, match=r"dev_prompts.jsonl is missing; the command that started the run"):
+        meter_config(run)
+    (run / "dev_prompts.jsonl").write_text('{"prompt": "Human: hello\\nAssistant:"}\n')
+    meter = meter_config(run, ["prompts=7"])
+    assert [(s.name, s.policy.adapter) for s in meter.systems if s.policy] == [
+        ("base", None),
+        ("fine-tuned", str(run / "adapter")),
+    ]
+    assert (meter.data.source, meter.data.max_tokens, meter.data.template) == (
+        str(run / "dev_prompts.jsonl"),
+        99,
+        "none",
+    )
+    assert (meter.heldout_of_run, meter.seed, meter.prompts, meter.perplexity_model) == (False, 5, 7, "m")
+    assert [scorer.name for scorer in meter.scorers] == ["alt-profanity-check"]
+    with pytest.raises(ConfigError, match="other prompts would replace the evaluation of mine"):
+        meter_config(run, ["data.source=other.jsonl"])
+    assert meter_config(run, ["data.source=other.jsonl", "name=other"]).folder == run.parent / "other"
 
 
 def test_a_model_and_a_file(tmp_path: Path) -> None:

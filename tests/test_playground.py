@@ -49,6 +49,11 @@ def test_a_folder_without_run(refused: Callable[..., str], tmp_path: Path) -> No
     assert f"{tmp_path} is no run folder" in refused(str(tmp_path))
 
 
+def test_a_fine_tuning_is_for_the_terminal(refused: Callable[..., str], run: RunFolder) -> None:
+    run.config_file.write_text("name: run\ntrain: {epochs: 1}\n")
+    assert f"talk to it with detox-ray chat {run.path}" in refused(str(run.path))
+
+
 def test_gradio_is_missing(refused: Callable[..., str], run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(playground, "find_spec", lambda name: None if name == "gradio" else found(name))

@@ -100,16 +100,15 @@ def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:
     assert "does not answer" in refused("train.threads=2", "train.max_failures=0")
 
 
-def test_a_detoxification_run_is_no_fine_tuning(
-    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_folder_is_none_of_a_detoxification(refused: Refused, refused_line: Refused, tmp_path: Path) -> None:
     refused()
-    folder = tmp_path / "runs" / "run"
-    (folder / "adapter").mkdir()
-    monkeypatch.setattr(sys, "argv", ["detox-ray", "evaluate", str(folder)])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "holds a fine-tuning run (detox-ray sft)" in capsys.readouterr().err
+    (tmp_path / "runs" / "run" / "checkpoints").mkdir()
+    words = "{name: words, kind: linear, model: 'operator:length_hint'}"
+    given = (f"output_dir={tmp_path / 'runs'}", "name=run", f"data.source={tmp_path / 'pairs.jsonl'}")
+    few = ("data.heldout_prompts=10", "evaluation.prompts=10", "ppo.batch_size=8", "ppo.minibatches=1")
+    error = refused_line("train", "configs/laptop.yaml", f"reward.classifiers=[{words}]", *given, *few)
+    assert "holds a fine-tuning run (detox-ray sft), and this needs a detoxification run (detox-ray train)" in error
+    assert f"go on from policy.adapter={tmp_path / 'runs' / 'run' / 'adapter'}" in error
 
 
 def test_a_complete_run_is_not_run_again(

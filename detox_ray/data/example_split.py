@@ -1,5 +1,6 @@
 """The examples of a fine-tuning in tokens: read, written by the template, fitted to length, split in train and dev."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from detox_ray.data.examples import Example, ExampleFile, read_examples
 from detox_ray.data.prompts import group_digest, normalized
-from detox_ray.data.templates import DialogueTemplate
+from detox_ray.data.templates import DialogueTemplate, start_ids, stop_ids
 from detox_ray.errors import DataError
 from detox_ray.records import TokenizedExample
 from detox_ray.sft_config import ExampleConfig
@@ -76,6 +77,18 @@ def load_examples(
         {reason: count for reason, count in writer.left_out.items() if count},
         {remark: count for remark, count in writer.noted.items() if count},
     )
+
+
+def dev_prompts(examples: ExampleSplit, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompts of the dev examples, a JSON object a line, each once: what an evaluation of the run asks."""
+    start, stop = start_ids(tokenizer), stop_ids(tokenizer)
+    texts: dict[str, None] = {}
+    for example in examples.dev:
+        ids = example.prompt_ids.tolist()
+        # What an evaluation writes around a prompt by itself; some chat templates do without the start.
+        first = len(start) if tuple(ids[: len(start)]) == start else 0
+        texts[str(tokenizer.decode(ids[first : len(ids) - len(stop)]))] = None
+    return "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
 
 
 def _read(source: str, config: ExampleConfig) -> ExampleFile:

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detox_ray.config import PolicyConfig
+from detox_ray.config import Config, EvaluationConfig, PolicyConfig
 from detox_ray.evaluation import analysis_inputs as inputs
 from detox_ray.evaluation import analysis_sections as sections
 from detox_ray.evaluation.analysis_inputs import AnsweredPrompt, ComparedSystems
@@ -108,7 +108,8 @@ def analyze(
     if policy is None:
         config = inputs.read_run_config(folder)
         policy, model_name = inputs.served_base(folder, config), config.policy.model
-        judge = judge or load_classifier(config.evaluation.judge)
+        evaluation = config.evaluation if isinstance(config, Config) else EvaluationConfig()
+        judge = judge or load_classifier(evaluation.judge)
     else:
         model_name = policy.model
     inputs.check_decoder_only(policy)

@@ -15,12 +15,11 @@ import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 
-from detox_ray.config import Config, PolicyConfig
-from detox_ray.config_file import load_config
+from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.templates import start_ids
 from detox_ray.errors import DataError, ModelError
-from detox_ray.metrics_file import ADAPTER_FOLDER
+from detox_ray.metrics_file import ADAPTER_FOLDER, FINE_TUNING_FILE
 from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE, put_adapters
 from detox_ray.policy.load import (
     compute_dtype,
@@ -30,6 +29,7 @@ from detox_ray.policy.load import (
     write_dequantized_base,
 )
 from detox_ray.run_folder import RunFolder
+from detox_ray.sft_config import SFTConfig, load_run_config
 
 GENERATIONS_FILE = "generations.parquet"
 _COLUMNS = ["system", "prompt_id", "prompt", "response", "response_ids", "toxicity"]
@@ -85,8 +85,8 @@ class ComparedSystems:
             yield self.model
 
 
-def read_run_config(folder: Path) -> Config:
-    """The configuration of a run folder, with the lab's paths in place of `lab:...`.
+def read_run_config(folder: Path) -> Config | SFTConfig:
+    """The configuration of a run folder of either kind, with the lab's paths in place of `lab:...`.
 
     Raises:
         DataError: there is none.
@@ -95,15 +95,16 @@ def read_run_config(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise DataError(f"{folder} has no config.yaml, which names the base model: give a run folder such as runs/demo")
-    return resolve_lab(load_config(path))
+    return resolve_lab(load_run_config(path))
 
 
-def served_base(folder: Path, config: Config) -> PolicyConfig:
+def served_base(folder: Path, config: Config | SFTConfig) -> PolicyConfig:
     """The base that the run's rollout engines answered with: the dequantised twin where they had one."""
-    if config.rollout.base == "bitsandbytes":
+    rollout = config.rollout if isinstance(config, Config) else RolloutConfig()
+    if rollout.base == "bitsandbytes":
         return config.policy
     plain = config.policy.model_copy(update={"quantization": "none"})
-    if config.rollout.base == "original" or config.policy.quantization == "none":
+    if rollout.base == "original" or config.policy.quantization == "none":
         return plain
     device = _device()
     twin = write_dequantized_base(
@@ -141,8 +142,9 @@ def check_adapter_folders(adapters: Mapping[str, Path]) -> None:
 
 
 def default_adapters(folder: Path) -> dict[str, Path]:
-    """The adapter of a run folder, under the name its responses have."""
-    return {"tuned": folder / ADAPTER_FOLDER}
+    """The adapter of a run folder of either kind, under the name its responses have."""
+    name = "fine-tuned" if (folder / FINE_TUNING_FILE).exists() else "tuned"
+    return {name: folder / ADAPTER_FOLDER}
 
 
 def check_decoder_only(policy: PolicyConfig) -> None:

@@ -40,7 +40,7 @@ def _training(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """How the adapter was trained, in a sentence or two; nothing without a configuration of a training."""
     members = reward_classifiers(config)
     if not members:
-        return ""
+        return _fine_tuning(config, evaluation)
     policy, ppo, reward = (section(config, name) for name in ("policy", "ppo", "reward"))
     known = {
         "LoRA rank": section(policy, "lora").get("rank"),
@@ -69,3 +69,20 @@ def _protocol(content: ReportContent) -> str:
         if rollout.get(key) is not None
     ]
     return f"{content.setting}{kept_apart}" + (f" Sampling: {', '.join(sampling)}." if sampling else "")
+
+
+def _fine_tuning(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """How an adapter was fine-tuned; nothing for what is no training."""
+    policy, train = section(config, "policy"), section(config, "train")
+    if "epochs" not in train:
+        return ""
+    known = {
+        "LoRA rank": section(policy, "lora").get("rank"),
+        "quantisation": policy.get("quantization"),
+        "steps": evaluation.get("steps"),
+        "examples a step": train.get("batch_size"),
+        "learning rate": train.get("learning_rate"),
+        "examples": published_name(section(config, "data").get("source") or "") or None,
+    }
+    details = ", ".join(f"{name} {found}" for name, found in known.items() if found is not None)
+    return f"Supervised fine-tuning on responses with detox_ray. {details[:1].upper()}{details[1:]}."

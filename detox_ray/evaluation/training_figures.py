@@ -18,6 +18,8 @@ def training_curves(lines: Lines) -> list[Figure]:
     """The curves that the lines of metrics.jsonl have data for, by step; none for a run without training steps."""
     makers: tuple[Callable[[Lines], Figure | None], ...] = (
         _reward,
+        lambda rows: _single(rows, "loss", "Loss", "nats a response token"),
+        lambda rows: _single(rows, "dev_loss", "Loss on the dev examples", "nats a response token"),
         lambda rows: _single(rows, "kl", "KL to the reference policy", "nats"),
         lambda rows: _single(rows, "response_length", "Response length", "tokens"),
         lambda rows: _single(rows, "entropy", "Entropy of the policy", "nats a token"),

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from detox_ray.config import DataConfig
-from detox_ray.data.example_split import ExampleSplit, load_examples
+from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import DataError
 from detox_ray.records import TokenizedExample
@@ -182,3 +182,31 @@ def test_too_few_examples_are_refused(published: dict[str, Path], merging_tokeni
         DataError, match=r"0 examples to train on and 3 for the dev loss .* lower data\.dev_examples=200"
     ):
         load(published["paradetox"], merging_tokenizer, dev_examples=200)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "none"])
+@pytest.mark.parametrize("kind", ["merging_tokenizer", "tiny_t5"])
+def test_an_evaluation_asks_the_dev_prompts_in_the_very_tokens(
+    published: dict[str, Path], tmp_path: Path, template: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue(kind)
+    tokenizer = AutoTokenizer.from_pretrained(found) if kind == "tiny_t5" else found
+    split, asked = dev_and_asked(published["dialoconan"], tokenizer, tmp_path, template)
+    assert asked == {tuple(e.prompt_ids.tolist()) for e in split.dev}
+
+
+def test_an_evaluation_begins_with_the_start_token_where_a_chat_template_did_not(
+    published: dict[str, Path], tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    split, asked = dev_and_asked(published["dialoconan"], chat_tokenizer, tmp_path, "chat")
+    assert asked == {(chat_tokenizer.bos_token_id, *e.prompt_ids.tolist()) for e in split.dev}
+
+
+def dev_and_asked(
+    source: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, template: str
+) -> tuple[ExampleSplit, set[tuple[int, ...]]]:
+    """The examples, and the tokens of the prompts that an evaluation of the run asks."""
+    split = load(source, tokenizer, dev_examples=3, template=template, max_tokens=400)
+    (folder / "dev.jsonl").write_text(dev_prompts(split, tokenizer))
+    data = DataConfig(source=str(folder / "dev.jsonl"), max_tokens=400)
+    return split, {prompt.token_ids for prompt in load_all_prompts(data, tokenizer, seed=0).heldout}
