@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from detox_ray.policy.sequences import Sequences
 
+# The model types whose head `language_model_head` applies as the model does: others scale, add or shift otherwise.
+ENCODER_DECODERS = ("t5", "mt5")
+
 
 def language_model_class(model_config: Any) -> Any:
     """The `transformers` class that loads a model of this configuration with its language-model head."""

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
-from detox_ray.policy.architecture import language_model_class
+from detox_ray.policy.architecture import ENCODER_DECODERS, language_model_class
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
@@ -51,21 +51,31 @@ def load_model_config(config: PolicyConfig) -> Any:
     """The model's `transformers` configuration with every dropout at 0, so that a PPO ratio compares equal functions.
 
     Raises:
-        ModelError: it cannot be loaded, or is of an encoder-decoder whose decoder has no start token.
+        ModelError: it cannot be loaded, or is of an encoder-decoder other than T5 or without a start token.
     """
     try:
         model_config = AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load("model", config.model, error)) from None
-    if model_config.is_encoder_decoder and getattr(model_config, "decoder_start_token_id", None) is None:
-        raise ModelError(
-            f"policy.model={config.model} is an encoder-decoder, and its config.json has no decoder_start_token_id; "
-            "set it (T5's is its pad token)"
-        )
+    if model_config.is_encoder_decoder:
+        _check_encoder_decoder(config.model, model_config)
     for key, value in vars(model_config).items():
         if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
             setattr(model_config, key, 0.0)
     return model_config
+
+
+def _check_encoder_decoder(model: str, model_config: Any) -> None:
+    if model_config.model_type not in ENCODER_DECODERS:
+        raise ModelError(
+            f"policy.model={model} is an encoder-decoder of type {model_config.model_type}; "
+            f"use one of type {' or '.join(ENCODER_DECODERS)}, or a decoder-only model"
+        )
+    if getattr(model_config, "decoder_start_token_id", None) is None:
+        raise ModelError(
+            f"policy.model={model} is an encoder-decoder, and its config.json has no decoder_start_token_id; "
+            "set it (T5's is its pad token)"
+        )
 
 
 def end_token_ids(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -1,9 +1,7 @@
-"""A T5 by the command line: fine-tuned on dialogues, then detoxified with toxic texts mixed in, and judged."""
+"""A T5 on Ray: fine-tuned on dialogues, then detoxified with toxic texts mixed in, and judged."""
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM
 
+from detox_ray import load_config, train
+from detox_ray.sft import fine_tune
+from detox_ray.sft_config import load_sft_config
+
 pytestmark = pytest.mark.e2e
-COMMAND = str(Path(sys.executable).with_name("detox-ray"))
-
-
-def run(*arguments: str) -> None:
-    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -62,16 +58,15 @@ evaluation:
     return tmp_path
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_fine_tuned_then_detoxified(folder: Path, tiny_t5: str) -> None:
-    run("sft", str(folder / "sft.yaml"))
-    tuning = json.loads((folder / "sft" / "fine_tuning.json").read_text())
+    tuning = fine_tune(load_sft_config(folder / "sft.yaml"), quiet=True)
     assert tuning["dev_loss"] < tuning["dev_loss_before"]
-    run("train", str(folder / "train.yaml"))
+    evaluation = train(load_config(folder / "train.yaml"), quiet=True)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["logprob_gap_max"] < 1e-3 for line in lines)
     assert abs(lines[0]["kl"]) < 1e-3 < abs(lines[1]["kl"])
-    evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
     assert list(evaluation["systems"]) == ["base", "fine-tuned", "tuned"]
     # Of 120 dialogues and 40 texts a quarter is toxic.
     assert evaluation["splits"] == {"all": 8, "toxic": 2, "referenced": 6}

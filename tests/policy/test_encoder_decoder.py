@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, MT5Config, T5Config
 
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.errors import ModelError
 from detox_ray.policy.adapter import save_adapter
+from detox_ray.policy.architecture import language_model_head, response_states
 from detox_ray.policy.load import load_model_config, load_tokenizer, write_dequantized_base
 from detox_ray.policy.policy import Policy, canary_of, check_adapter
 from detox_ray.policy.sequences import Sequences, collate
@@ -154,6 +155,16 @@ def test_what_the_adapter_trains_is_every_linear_layer_but_the_head(model: str) 
     assert policy_of(model).adapter(0).peft_config["task_type"] == "SEQ_2_SEQ_LM"
 
 
+def test_head_and_padding_are_those_of_mt5() -> None:
+    torch.manual_seed(0)
+    options = {"vocab_size": 96, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    mt5 = AutoModelForSeq2SeqLM.from_config(MT5Config(**options, decoder_start_token_id=START)).eval()
+    with torch.no_grad():
+        logits = language_model_head(mt5)(response_states(mt5, batch()))
+        for row, (prompt, response) in zip(logits, each(batch()), strict=True):
+            assert torch.allclose(row[: response.shape[1]], logits_alone(mt5, prompt, response), atol=1e-4)
+
+
 def test_systems_that_answer_together_are_each_of_them_alone(tiny_t5: str, tmp_path: Path) -> None:
     policy = policy_of(tiny_t5)
     save_adapter(policy.adapter(0), tmp_path / "adapter")
@@ -185,6 +196,9 @@ def test_refusals_name_the_value_and_the_fix(tiny_t5: str, tiny_model: str, tmp_
     config.save_pretrained(tmp_path / "no-start")
     with pytest.raises(ModelError, match=r"no-start is an encoder-decoder.*no decoder_start_token_id; set it"):
         load_model_config(PolicyConfig(model=str(tmp_path / "no-start")))
+    BartConfig().save_pretrained(tmp_path / "bart")
+    with pytest.raises(ModelError, match="bart is an encoder-decoder of type bart; use one of type t5 or mt5, or a"):
+        load_model_config(PolicyConfig(model=str(tmp_path / "bart")))
     with pytest.raises(ModelError, match="no module 'query'; it has k, lm_head, o, q, v, wi, wo"):
         check_adapter(PolicyConfig(model=tiny_t5, lora=LoraConfig(targets=["query"])))
     # A decoder-only model with a tokenizer that ends what it should continue.
