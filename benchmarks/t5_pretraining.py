@@ -134,7 +134,7 @@ def encoded(texts: Sequence[Text], tokenizer: Any) -> list[Pair]:
 
 
 def train(model: Any, pairs: list[Pair], seconds: float, watch: Callable[[dict[str, float]], None]) -> None:
-    """Adafactor, bfloat16; the learning rate rises for `WARM_UP` steps and falls to 0 as the processor time runs out."""
+    """Adafactor in bfloat16; the learning rate rises for `WARM_UP` steps and falls to 0 with the processor time."""
     optimizer = torch.optim.Adafactor(model.parameters(), lr=PEAK_RATE)
     started = watched = time.process_time()
     losses: list[float] = []
