@@ -79,7 +79,7 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
     task = LearnerTask(
         plan.config, str(plan.run.path), stream, plan.engine.end_ids, plan.engine.pad_id, plan.canary_length
     )
-    run_learners(train_loop, {"task": task}, plan.config.train, plan.run)
+    run_learners(train_loop, task, plan.config.train, plan.run)
 
 
 @contextmanager

@@ -116,4 +116,4 @@ def fit(plan: TuningPlan) -> None:
     task = TuningTask(
         plan.config, str(plan.run.path), plan.examples.train, plan.examples.dev, plan.pad_id, plan.total_steps
     )
-    run_learners(sft_loop, {"task": task}, plan.config.train, plan.run)
+    run_learners(sft_loop, task, plan.config.train, plan.run)

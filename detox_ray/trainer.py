@@ -4,9 +4,11 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from ray import cloudpickle
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
@@ -17,6 +19,8 @@ from detox_ray.errors import DetoxError
 from detox_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
 # times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
@@ -30,10 +34,8 @@ LEARNER_ENVIRONMENT = {
 }
 
 
-def run_learners(
-    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: LearnerConfig, run: RunFolder
-) -> None:
-    """Run `loop(settings)` on every learner until it returns.
+def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run: RunFolder) -> None:
+    """Run `loop(task)` on every learner until it returns.
 
     Raises:
         DetoxError: of the learner's own kind, where it met one that a new attempt would meet again; or the learner
@@ -42,8 +44,8 @@ def run_learners(
     _remove_torn_list(run.checkpoints / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.timeout_s)  # read when the learners start
     trainer = TorchTrainer(
-        loop,
-        train_loop_config=settings,
+        _run_packed,
+        train_loop_config={"work": cloudpickle.dumps(partial(loop, task))},
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.num_gpus > 0,
@@ -73,6 +75,11 @@ def run_learners(
             "then start the same command again to continue"
         ) from error
     run.raise_failure()
+
+
+def _run_packed(settings: dict[str, bytes]) -> None:
+    """Unpack the work on the learner: Ray's controller, through which it comes, need not import what learners do."""
+    cloudpickle.loads(settings["work"])()
 
 
 def _remove_torn_list(path: Path) -> None:

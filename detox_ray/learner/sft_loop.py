@@ -40,9 +40,8 @@ class TuningTask:
     total_steps: int
 
 
-def sft_loop(settings: dict[str, TuningTask]) -> None:
+def sft_loop(task: TuningTask) -> None:
     """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
-    task = settings["task"]
     log_to(Path(task.run_dir))
     with failures_left_in(Path(task.run_dir)):
         _tune(task)

@@ -77,9 +77,8 @@ class LearnerTask:
     canary_length: int
 
 
-def train_loop(settings: dict[str, LearnerTask]) -> None:
+def train_loop(task: LearnerTask) -> None:
     """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
-    task = settings["task"]
     log_to(Path(task.run_dir))
     with failures_left_in(Path(task.run_dir)):
         _train(task)
