@@ -35,6 +35,7 @@ ROLES = {
     "node": "raylet/raylet",
     "driver": "bin/detox-ray",
 }
+ENDS_THE_COMMAND = ("node", "driver")  # and costs a start from nothing, so it happens less often than the others
 STOPPABLE = ("rollout worker", "classifier", "learner")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # outlive a killed driver by a minute or two
 
@@ -102,7 +103,9 @@ class Soak:
 
     def draw(self) -> tuple[float, str]:
         """When the next fault is due, on the monotonic clock, and whom it befalls."""
-        return time.monotonic() + self.random.uniform(0, 2 * self.pause_s), self.random.choice(list(ROLES))
+        weights = [0.4 if role in ENDS_THE_COMMAND else 1.0 for role in ROLES]
+        role = self.random.choices(list(ROLES), weights)[0]
+        return time.monotonic() + self.random.uniform(0, 2 * self.pause_s), role
 
     def strike(self, driver: psutil.Process, name: str, role: str) -> bool:
         """Kill or stop one process of the role; False if there is none yet."""
@@ -169,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output = options.output.resolve()
-    options.output.mkdir(parents=True)
+    options.output.mkdir(parents=True, exist_ok=True)  # it may hold the undisturbed run already
     print(describe(machine([])), flush=True)
     soak = Soak(options.output, options.steps, 0, options.pause_s, random.Random(options.seed))
     expected = soak.run("undisturbed")
