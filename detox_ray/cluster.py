@@ -78,7 +78,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(_refusal(address, str(error))) from None
+            raise ConfigError(_refusal(address, f"{error}\n{error.__cause__ or ''}")) from None
     try:
         check(cluster_capacity())
         check_nodes_see(logs.parent)
@@ -176,6 +176,11 @@ def _refusal(address: str, reason: str) -> str:
     if "Version mismatch" in reason:
         versions = [line.strip() for line in reason.splitlines() if "Ray: " in line or "Python: " in line]
         return f"ray.address={address} is another Ray or Python than this one; use the cluster's: {', '.join(versions)}"
+    if "InvalidAuthToken" in reason:
+        return (
+            f"ray.address={address} refuses this process's token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the "
+            "cluster's (on its head: `ray get-auth-token`), or put it into ~/.ray/auth_token"
+        )
     return _no_answer(address, reason.strip().split("\n")[0])
 
 

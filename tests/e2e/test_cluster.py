@@ -3,15 +3,17 @@
 import json
 import os
 import secrets
-import signal
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.e2e
@@ -77,27 +79,30 @@ def on_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
         "OMP_NUM_THREADS": "1",
     }
     common = [
-        "ray", "start", "--block", "--temp-dir", str(folder), "--node-ip-address", "127.0.0.1", "--num-cpus", "2",
+        "ray", "start", "--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "2",
         "--object-store-memory", str(2 * 10**8), "--dashboard-agent-listen-port", "0",
     ]  # fmt: skip
+    # Nodes of one machine would share what is unpacked for a job, and delete it under each other.
     head = [
-        *common, "--head", "--port", port, "--dashboard-port", dashboard, "--include-dashboard", "true",
-        "--ray-client-server-port", free_port(), "--resources", '{"learner_node": 2}',
+        *common, "--temp-dir", str(folder / "a"), "--head", "--port", port, "--dashboard-port", dashboard,
+        "--include-dashboard", "true", "--ray-client-server-port", free_port(), "--resources", '{"learner_node": 2}',
     ]  # fmt: skip
-    node = [*common, "--address", f"127.0.0.1:{port}", "--resources", '{"rollout_node": 2}']
-    log_file = tmp_path_factory.mktemp("cluster") / "start.log"
-    processes = []
+    node = [
+        *common, "--temp-dir", str(folder / "b"), "--address", f"127.0.0.1:{port}",
+        "--resources", '{"rollout_node": 2}',
+    ]  # fmt: skip
     connected = {
         **environment,
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
+    started: list[psutil.Process] = []
+    log_file = tmp_path_factory.mktemp("cluster") / "start.log"
     with log_file.open("w") as log:
         try:
             for number, command in enumerate((head, node), 1):
-                started = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-                processes.append(started)
-                wait_for(lambda n=number: log_file.read_text().count("Ray runtime started") == n, "Ray", 90)
+                started.append(psutil.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+                wait_for(lambda n=number: log_file.read_text().count("Ray runtime started") == n, "Ray", 120)
 
             def run(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
                 return subprocess.run(
@@ -106,11 +111,20 @@ def on_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 
             yield run
         finally:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                for process in reversed(processes):
-                    os.killpg(process.pid, number) if process.poll() is None else None
-                for process in processes:
-                    process.wait(timeout=30)
+            stop(started)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def stop(nodes: list[psutil.Process]) -> None:
+    """End the nodes in order, then whatever is left of them at once."""
+    processes = [child for node in nodes for child in (node, *node.children(recursive=True))]
+    for node in nodes:
+        node.terminate()
+    _, left = psutil.wait_procs(processes, timeout=20)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=20)
 
 
 def state_of(on_cluster: Command) -> dict[str, Any]:
