@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--dialogsum", type=Path, required=True, help="folder of dialogsum.{train,dev}.jsonl")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="RealToxicityPrompts files")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--minutes", type=float, default=20.0, help="of processor time that training takes")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="of processor time, looks at the dev split included"
+    )
     options = parser.parse_args()
     console = Console(width=140)
     facts = machine(("torch", "transformers", "rouge-score"))
@@ -134,7 +136,7 @@ def encoded(texts: Sequence[Text], tokenizer: Any) -> list[Pair]:
 
 
 def train(model: Any, pairs: list[Pair], seconds: float, watch: Callable[[dict[str, float]], None]) -> None:
-    """Adafactor in bfloat16; the learning rate rises for `WARM_UP` steps and falls to 0 with the processor time."""
+    """Adafactor, bfloat16; the learning rate rises for `WARM_UP` steps and falls to 0 as the time is used up."""
     optimizer = torch.optim.Adafactor(model.parameters(), lr=PEAK_RATE)
     started = watched = time.process_time()
     losses: list[float] = []

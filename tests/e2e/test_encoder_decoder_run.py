@@ -9,9 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM
 
-from detox_ray import load_config, train
-from detox_ray.sft import fine_tune
-from detox_ray.sft_config import load_sft_config
+from detox_ray import fine_tune, load_config, load_sft_config, train
 
 pytestmark = pytest.mark.e2e
 
@@ -46,7 +44,7 @@ data:
   {{{data}, format: dialogsum, heldout_prompts: 16, mixed_in: [{{source: {tmp_path / "texts.jsonl"}, min_score: 0.5}}]}}
 policy: {{{policy}, adapter: {tmp_path / "sft" / "adapter"}, reference: adapter}}
 rollout: {{num_cpus: 0.5, max_new_tokens: 8, temperature: 0.7}}
-reward: {{classifiers: [{{name: words, kind: linear, model: "profanity_check:predict_prob", num_cpus: 0.2}}]}}
+reward: {{classifiers: [{{name: words, kind: linear, model: "lab:linear", num_cpus: 0.2}}]}}
 ppo: {{batch_size: 16}}
 train: {{total_steps: 2, num_cpus: 0.5}}
 evaluation:
