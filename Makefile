@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/detox-ray train configs/laptop.yaml name=demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
