@@ -66,6 +66,8 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         return
     if address is None:
         check(local_capacity(config))
+        # Ray Train would ask, in a process of its own, whether the only node is about to be taken away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",
             num_cpus=config.num_cpus,
