@@ -36,6 +36,7 @@ class PromptSource(Section):
         "lab:prompts", description="JSONL, CSV, Parquet or text file, a `datasets` hub id, or lab:prompts"
     )
     split: str = Field("train", description="split, when the source is a hub id")
+    revision: str | None = Field(None, description="commit or tag, when the source is a hub id")
     text_column: str = Field(
         "prompt", description="column with the text; RealToxicityPrompts' nested form is understood"
     )

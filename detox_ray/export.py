@@ -25,7 +25,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 USE = {
     "merged": 'model = {loader}.from_pretrained("{name}")',
-    "adapter": 'model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"), "{name}")',
+    "adapter": 'model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"{pinned}), "{name}")',
 }
 NOT_EVALUATED = "## Toxicity\n\nNot evaluated: nothing is known of how toxic this model is.\n"
 
@@ -154,6 +154,8 @@ def _card(run: RunFolder, policy: PolicyConfig, form: Form, base: Base, model_co
     }
     weights = "the base dequantised" if base == "trained" and policy.quantization != "none" else "the base as published"
     made = f"The adapter merged into {weights}." if form == "merged" else f"A LoRA adapter of {base_name}."
-    use = USE[form].format(name=name, base=base_name, loader=language_model_class(model_config).__name__)
+    pinned = "" if policy.revision is None else f', revision="{policy.revision}"'
+    loader = language_model_class(model_config).__name__
+    use = USE[form].format(name=name, base=base_name, pinned=pinned, loader=loader)
     section = evidence.read_text(encoding="utf-8") if evidence.exists() else NOT_EVALUATED
     return f"---\n{yaml.safe_dump(header)}---\n\n# {name}\n\n{made}\n\n```python\n{use}\n```\n\n{section}"

@@ -178,7 +178,8 @@ def judge_and_report(
         for number, system in enumerate(systems, 1):
             own = {name: scores for name, scores in known.get(system.name, {}).items() if name in names}
             model = _perplexity_model(system.name, config)
-            scored.append(score_responses(system, scorers, model, config.relevance_model, own))
+            encoder = config.relevance_model, config.relevance_revision
+            scored.append(score_responses(system, scorers, model, *encoder, own))
             progress(number)
     protocol = Protocol(names, config.seed, config.bootstrap_resamples, config.perplexity_model, config.relevance_model)
     evaluation = compare(scored, protocol) | more

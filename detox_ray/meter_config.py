@@ -57,6 +57,7 @@ class MeterConfig(Section):
     perplexity_model: str | None = Field(None, description="folder or hub id of a causal model; none: no perplexity")
     perplexity_revision: str | None = Field(None, description="commit or tag, when it is a hub id")
     relevance_model: str | None = Field(None, description="sentence-embedding model for the similarity to the prompt")
+    relevance_revision: str | None = Field(None, description="commit or tag, when it is a hub id")
     bootstrap_resamples: int = Field(2000, ge=100, description="resamples of the prompts for the 95% intervals")
     ray: RayConfig = RayConfig()
 

@@ -115,6 +115,15 @@ def test_the_card_says_what_it_is_and_what_is_known(tiny_model: str, tmp_path: P
     assert "The evidence." in (export(tmp_path / "run", tmp_path / "full") / "README.md").read_text()
 
 
+def test_the_card_names_the_pinned_revision(tiny_model: str, tmp_path: Path) -> None:
+    run_with_adapter(tmp_path / "run", tiny_model, "none")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["policy"]["revision"] = "v1"
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    card = (export(tmp_path / "run", tmp_path / "adapter", form="adapter") / "README.md").read_text()
+    assert f'from_pretrained("{Path(tiny_model).name}", revision="v1"), "run")' in card
+
+
 def test_what_cannot_be_exported(tiny_model: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run folder"):
         export(tmp_path / "nothing", tmp_path / "out")

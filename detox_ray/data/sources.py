@@ -10,6 +10,7 @@ from detox_ray.config import DataConfig
 from detox_ray.config_section import LAB_PREFIX
 from detox_ray.data.lab import lab_source
 from detox_ray.errors import DataError
+from detox_ray.hub import why_not_loaded
 
 Record = Mapping[str, Any]
 
@@ -31,7 +32,7 @@ def read_records(config: DataConfig) -> list[Record]:
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"data.source = {source!r} {problem}; give a {', '.join(FILE_SUFFIXES)} file or a hub id")
     else:
-        records = _read_hub(source, config.split)
+        records = _read_hub(source, config.split, config.revision)
     if not records:
         raise DataError(f"data.source = {source!r} is empty; give a file with a prompt a line or row")
     for number, record in enumerate(records, 1):
@@ -98,15 +99,17 @@ def _read_json(path: Path) -> list[Record]:
     return records
 
 
-def _read_hub(name: str, split: str) -> list[Record]:
+def _read_hub(name: str, split: str, revision: str | None) -> list[Record]:
     """Raises DataError when the dataset or the split cannot be had."""
     import datasets
+    from huggingface_hub import snapshot_download
 
     try:
-        return datasets.load_dataset(name, split=split).to_list()
+        # Offline, `datasets` would take whatever revision it has.
+        source = name if revision is None else snapshot_download(name, repo_type="dataset", revision=revision)
+        return datasets.load_dataset(source, split=split).to_list()
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        first_line = str(error).partition("\n")[0]
         raise DataError(
-            f"data.source = {name!r} is no file here, and split {split!r} cannot be loaded from the hub: {first_line}; "
-            "give a file or an existing dataset id and split"
+            f"data.source = {name!r} is no file here, and split {split!r} cannot be loaded from the hub: "
+            f"{why_not_loaded(f'datasets/{name}', error)}"
         ) from None

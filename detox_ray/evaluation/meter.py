@@ -64,12 +64,13 @@ def score_responses(
     scorers: Sequence[Scorer],
     perplexity_model: PerplexityModel | None,
     relevance_model: str | None = None,
+    relevance_revision: str | None = None,
     known: dict[str, np.ndarray] | None = None,
 ) -> ScoredResponses:
     """Every scorer's toxicity and the model's likelihood of every response.
 
-    The first scorer is the judge; `relevance_model` is a sentence encoder, for the similarity to the prompt; `known`
-    scores `[P, S]`, such as those a file came with, stand after the scorers.
+    The first scorer is the judge; `relevance_model`, of the hub at `relevance_revision`, is a sentence encoder, for the
+    similarity to the prompt; `known` scores `[P, S]`, such as those a file came with, stand after the scorers.
 
     Raises:
         RewardError: a scorer returned something that is not a probability for each text.
@@ -82,7 +83,8 @@ def score_responses(
     relevance = None
     if relevance_model is not None:
         prompts = [rollout.prompt_text for rollout in responses.flat]
-        relevance = prompt_response_similarity(relevance_model, prompts, texts, BATCH_SIZE).reshape(shape)
+        similarity = prompt_response_similarity(relevance_model, prompts, texts, BATCH_SIZE, relevance_revision)
+        relevance = similarity.reshape(shape)
     return ScoredResponses(responses, toxicity | (known or {}), nll, tokens, relevance)
 
 

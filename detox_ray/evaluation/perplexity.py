@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from detox_ray.errors import DataError, ModelError
+from detox_ray.hub import why_not_loaded
 from detox_ray.policy.architecture import language_model_class, response_logits
 from detox_ray.policy.sequences import collate
 
@@ -29,8 +30,9 @@ def load_reference_model(
             path, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"reference model {path!r} does not load as a language model: {reason}") from error
+        raise ModelError(
+            f"reference model {path!r} does not load as a language model: {why_not_loaded(path, error)}"
+        ) from error
     return torch.nn.Module.to(model, device).eval().requires_grad_(False)
 
 

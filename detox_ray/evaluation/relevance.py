@@ -6,18 +6,19 @@ from typing import Any
 import numpy as np
 
 from detox_ray.errors import DataError, ModelError
+from detox_ray.hub import why_not_loaded
 
 MAX_TOKENS = 512
 
 
 def prompt_response_similarity(
-    model: str, prompts: Sequence[str], responses: Sequence[str], batch_size: int
+    model: str, prompts: Sequence[str], responses: Sequence[str], batch_size: int, revision: str | None = None
 ) -> np.ndarray:
     """Cosine similarity of each response with its prompt, [N] float64 in [-1, 1]; 0 where either has no visible text.
 
-    `model` is the folder or hub id of a transformers encoder with safetensors weights. A text's embedding is the mean
-    of the last hidden states of its tokens, special tokens included, as sentence-transformers makes it (Reimers and
-    Gurevych 2019); texts are cut to the tokens that the encoder can read, at most 512.
+    `model` is the folder or hub id (at `revision`) of a transformers encoder with safetensors weights. The embedding of
+    a text is the mean of the last hidden states of its tokens, special tokens included, as sentence-transformers makes
+    it (Reimers and Gurevych 2019); texts are cut to the tokens that the encoder can read, at most 512.
 
     Raises:
         DataError: different numbers of prompts and responses.
@@ -25,7 +26,7 @@ def prompt_response_similarity(
     """
     if len(prompts) != len(responses):
         raise DataError(f"{len(prompts)} prompts for {len(responses)} responses: give one prompt a response")
-    tokenizer, encoder = _load_encoder(model)
+    tokenizer, encoder = _load_encoder(model, revision)
     # Prompts with many responses are embedded once.
     texts = sorted({text for text in (*prompts, *responses) if text.strip()})
     row_of = {text: row for row, text in enumerate(texts)}
@@ -34,7 +35,7 @@ def prompt_response_similarity(
     return np.array([0.0 if p is None or r is None else float(units[p] @ units[r]) for p, r in pairs], dtype=np.float64)
 
 
-def _load_encoder(model: str) -> tuple[Any, Any]:
+def _load_encoder(model: str, revision: str | None) -> tuple[Any, Any]:
     """Tokenizer and encoder, in evaluation mode, on a GPU where there is one.
 
     Raises:
@@ -49,18 +50,24 @@ def _load_encoder(model: str) -> tuple[Any, Any]:
     )
 
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         kind = config.model_type
         next_token_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if config.is_encoder_decoder or next_token_only:
             raise ModelError(f"relevance model {model!r} is a {kind}, not an encoder; name one such as a BERT")
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         encoder, loading = AutoModel.from_pretrained(
-            model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            model,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"relevance model {model!r} does not load as a transformers encoder: {reason}") from None
+        raise ModelError(
+            f"relevance model {model!r} does not load as a transformers encoder: {why_not_loaded(model, error)}"
+        ) from None
     # The pooler is a head for other tasks; many sentence encoders are published without it.
     if missing := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
         raise ModelError(f"relevance model {model!r} has no trained weights for {', '.join(missing[:3])}; name another")

@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
+from detox_ray.hub import why_not_loaded
 from detox_ray.policy.architecture import ENCODER_DECODERS, language_model_class
 
 
@@ -177,7 +178,6 @@ def write_dequantized_base(config: PolicyConfig, folder: Path, device: torch.dev
 
 
 def _cannot_load(what: str, model: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
     if not Path(model).exists() and (model.startswith(("/", ".", "~")) or model.count("/") != 1):
         return f"policy.model={model}: no such folder; give a folder in Hugging Face format or a hub id"
-    return f"policy.model={model}: its {what} cannot be loaded: {reason}"
+    return f"policy.model={model}: its {what} cannot be loaded: {why_not_loaded(model, error)}"

@@ -7,10 +7,11 @@ import numpy as np
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ModelError
+from detox_ray.hub import why_not_loaded
 from detox_ray.records import Readings
 from detox_ray.rewards.evaluate_measurement import EvaluateClassifier, check_measurement
 from detox_ray.rewards.linear import LinearClassifier, check_linear
-from detox_ray.rewards.model_config import check_sequence_classifier, first_line, label_index, load_model_config
+from detox_ray.rewards.model_config import check_sequence_classifier, label_index, load_model_config
 from detox_ray.rewards.perspective import PerspectiveClassifier, check_perspective
 from detox_ray.rewards.probability import finite
 
@@ -113,8 +114,8 @@ class TransformersClassifier:
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(
-                f"classifier {config.name!r}: cannot load {config.model!r}: {first_line(error)}; "
-                "give a folder or hub id with a tokenizer and safetensors weights"
+                f"classifier {config.name!r}: cannot load {config.model!r}: {why_not_loaded(config.model, error)}; "
+                "it needs a tokenizer and safetensors weights"
             ) from error
         if loading["missing_keys"]:
             raise ModelError(

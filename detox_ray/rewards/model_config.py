@@ -6,6 +6,7 @@ from typing import Any
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ConfigError, ModelError
+from detox_ray.hub import why_not_loaded
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -41,9 +42,7 @@ def load_model_config(config: ClassifierConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{where} cannot be read: {first_line(error)}; give a local folder or an existing hub id"
-        ) from None
+        raise ModelError(f"{where} cannot be read: {why_not_loaded(config.model, error)}") from None
 
 
 def label_index(config: ClassifierConfig, id2label: dict[int, str]) -> int:

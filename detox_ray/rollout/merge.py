@@ -9,7 +9,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-from detox_ray.errors import SyncError
+from detox_ray.errors import ModelError, SyncError
+from detox_ray.hub import why_not_loaded
 from detox_ray.policy.adapter import Adapter
 
 PEFT_PREFIX = "base_model.model."
@@ -19,11 +20,15 @@ def load_pristine_weights(model: str, revision: str | None) -> dict[str, Tensor]
     """Every tensor of a checkpoint (folder or hub id), on the CPU, by its name in the file.
 
     Raises:
+        ModelError: the hub does not give them.
         SyncError: there is no safetensors file.
     """
     folder = Path(model)
     if not folder.is_dir():
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        try:
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{model}: its weights cannot be loaded: {why_not_loaded(model, error)}") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SyncError(f"rollout.sync=merged: {model} has no safetensors file; use rollout.sync=adapter")

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from detox_ray.errors import ModelError, SyncError
+from detox_ray.hub import why_not_loaded
 from detox_ray.policy.adapter import Adapter, write_weights
 from detox_ray.policy.architecture import language_model_class, next_token_logits
 from detox_ray.records import Prompt, Rollout, Sampling
@@ -22,17 +23,15 @@ class TransformersEngine:
         self.version = -1
         self._spec = spec
         self._device = torch.device(spec.device)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(
-            spec.model, revision=spec.revision, trust_remote_code=False
-        )
-        model_config = AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=False)
-        model: Any = language_model_class(model_config).from_pretrained(
-            spec.model,
-            revision=spec.revision,
-            dtype=getattr(torch, spec.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        source: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": False}
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(spec.model, **source)
+            model_config = AutoConfig.from_pretrained(spec.model, **source)
+            model: Any = language_model_class(model_config).from_pretrained(
+                spec.model, dtype=getattr(torch, spec.dtype), use_safetensors=True, **source
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{spec.model} cannot be loaded: {why_not_loaded(spec.model, error)}") from None
         # What `generate` is not told it takes from here: say a repetition penalty, of which the learner knows nothing.
         model.generation_config = GenerationConfig()
         self._model: Any = model.to(self._device).eval()
