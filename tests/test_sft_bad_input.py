@@ -70,6 +70,13 @@ def test_targets_that_are_not_there(refused: Refused) -> None:
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in error
 
 
+def test_quantisation_where_there_is_none(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detox_ray.policy.load.is_bitsandbytes_available", lambda: False)
+    error = refused("policy.quantization=int8")
+    assert "policy.quantization=int8 needs bitsandbytes, which is not installed here; set" in error
+    assert "does not answer" in refused("policy.quantization=none")
+
+
 def test_adapter_of_another_base(refused: Refused, tmp_path: Path) -> None:
     other = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")

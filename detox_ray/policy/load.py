@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.falcon import modeling_falcon
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import is_bitsandbytes_available
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
@@ -89,6 +90,19 @@ def end_token_ids(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase) -> t
     return tuple(sorted({end for end in [*listed, tokenizer.eos_token_id] if end is not None}))
 
 
+def check_quantization(config: PolicyConfig) -> None:
+    """Refuse a quantised base on a machine that cannot quantise.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    if config.quantization != "none" and not is_bitsandbytes_available():
+        raise ModelError(
+            f"policy.quantization={config.quantization} needs bitsandbytes, which is not installed here; "
+            "set policy.quantization=none, or pip install bitsandbytes"
+        )
+
+
 def compute_dtype(config: PolicyConfig, device: torch.device) -> torch.dtype:
     """`policy.compute_dtype`, with auto resolved for the device."""
     if config.compute_dtype == "auto":
@@ -100,8 +114,9 @@ def load_base(config: PolicyConfig, device: torch.device) -> PreTrainedModel:
     """The frozen base on `device`, quantised as configured.
 
     Raises:
-        ModelError: it cannot be loaded, has weights in no safetensors file, or has no layer that can be quantised.
+        ModelError: it cannot be loaded, has weights in no safetensors file, or cannot be quantised.
     """
+    check_quantization(config)
     # bitsandbytes is given no subclasses of nn.Linear; Falcon's computes what nn.Linear does.
     setattr(modeling_falcon, "FalconLinear", nn.Linear)  # noqa: B010 - a class, not a variable, to the type checker
     dtype = compute_dtype(config, device)

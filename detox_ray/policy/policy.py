@@ -23,7 +23,7 @@ from detox_ray.policy.architecture import (
     next_token_logits,
     response_states,
 )
-from detox_ray.policy.load import is_conv1d, load_base, load_model_config
+from detox_ray.policy.load import check_quantization, is_conv1d, load_base, load_model_config
 from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.tokens import token_logprobs
 
@@ -207,8 +207,10 @@ def check_adapter(config: PolicyConfig) -> None:
     """Check `policy.lora` and `policy.adapter` against the model's shapes, without loading any weight of the model.
 
     Raises:
-        ModelError: the targets are not in the model, or the adapter cannot be read or was made for another base.
+        ModelError: the targets are not in the model, the adapter cannot be read or was made for another base, or this
+            machine cannot quantise.
     """
+    check_quantization(config)
     with torch.device("meta"):
         model_config = load_model_config(config)
         base = language_model_class(model_config).from_config(model_config)
