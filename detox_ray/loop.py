@@ -21,7 +21,8 @@ from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream, sampling_of
 from detox_ray.schedule import Schedule
 from detox_ray.serving.app_guard import guard_app
-from detox_ray.serving.reward_app import RewardClient, delete_reward_app, deploy_reward_app, fit_and_apply_calibration
+from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
+from detox_ray.serving.reward_client import RewardClient, fit_and_apply_calibration
 from detox_ray.serving.scorer import RolloutScorer
 from detox_ray.terminal import Terminal
 from detox_ray.trainer import run_learners

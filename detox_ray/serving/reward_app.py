@@ -10,8 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -23,17 +22,15 @@ from ray.serve.schema import ApplicationStatus
 
 from detox_ray.classifier_config import Calibration, ClassifierConfig
 from detox_ray.config import RewardConfig
-from detox_ray.errors import DetoxError, RewardError
+from detox_ray.errors import RewardError
 from detox_ray.records import Readings, Score
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rewards.ensemble import (
-    UNCALIBRATED,
     aggregate,
     calibrate,
     calibrations,
-    fit_calibration,
-    with_calibrations,
 )
+from detox_ray.serving.replica_errors import RESTART_POLL_S, cause_of, described
 from detox_ray.serving.texts import texts_to_read
 
 logger = logging.getLogger(__name__)
@@ -47,10 +44,6 @@ ENSEMBLE = "ensemble"
 REPLICA_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 START_TIMEOUT_S = 900.0
-# A restarting replica takes seconds; asking more often only fills logs.
-RESTART_POLL_S = 0.5
-# The client waits this much longer than the ensemble, so that the error that arrives is the one that names a member.
-CLIENT_GRACE_S = 10.0
 
 
 class ClassifierDeployment:
@@ -146,10 +139,10 @@ class EnsembleDeployment:
             try:
                 return check(name, await asyncio.wait_for(_answer(response), left_s), len(texts))
             except (RayTaskError, RewardError) as error:
-                cause = _cause(error)
+                cause = cause_of(error)
                 failures += 1
                 if failures > self._config.retries:
-                    raise RewardError(f"classifier {name!r} failed {failures} times: {_describe(cause)}") from None
+                    raise RewardError(f"classifier {name!r} failed {failures} times: {described(cause)}") from None
                 logger.warning("classifier %r failed, attempt %d: %s", name, failures, type(cause).__name__)
                 await asyncio.sleep(0.1 * 2**failures)
             except TimeoutError:
@@ -163,83 +156,6 @@ class EnsembleDeployment:
                 )
                 await asyncio.sleep(RESTART_POLL_S)
         raise RewardError(f"classifier {name!r} did not answer within reward.timeout_s={self._config.timeout_s:g} s")
-
-
-@dataclass(frozen=True)
-class PendingScores:
-    """A scoring call under way, with what is needed to repeat it; stays in the process that made it."""
-
-    response: DeploymentResponse
-    texts: list[str]
-    prompts: list[str] | None
-
-
-class RewardClient:
-    """The reward app as the learner sees it: submit, go on with other work, collect. Picklable; synchronous."""
-
-    def __init__(self, app_name: str, config: RewardConfig) -> None:
-        """`config` holds the calibrations that `fit_and_apply_calibration` returned.
-
-        Raises:
-            RewardError: a calibration is still `fit`.
-        """
-        self._app_name = app_name
-        self._config = config
-        self._calibrations = calibrations(config)
-        self._handle: DeploymentHandle | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
-
-    def submit(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> PendingScores:
-        """Starts scoring the responses `texts`; returns at once."""
-        prompt_list = None if prompts is None else list(prompts)
-        return PendingScores(self._call(list(texts), prompt_list), list(texts), prompt_list)
-
-    def result(self, pending: PendingScores) -> list[Score]:
-        """The scores, in the order of the texts; a lost replica costs time, nothing else.
-
-        Raises:
-            RewardError: as `EnsembleDeployment.score`, or the ensemble itself did not answer in time.
-        """
-        response = pending.response
-        # From here and not from `submit`: a learner may collect long after.
-        deadline = time.monotonic() + self._config.timeout_s + CLIENT_GRACE_S
-        while (left_s := deadline - time.monotonic()) > 0:
-            try:
-                scores = response.result(timeout_s=left_s)
-            except RayTaskError as error:
-                cause = _cause(error)
-                if isinstance(cause, RewardError):
-                    raise RewardError(str(cause)) from None
-                raise RewardError(f"the reward app {self._app_name!r} failed: {_describe(cause)}") from error
-            except TimeoutError:
-                response.cancel()
-                break
-            except (RayError, RayServeException) as error:
-                logger.warning("the reward app lost a replica (%s); asking again", type(error).__name__)
-                time.sleep(RESTART_POLL_S)
-                response = self._call(pending.texts, pending.prompts)
-                continue
-            if len(scores) != len(pending.texts):
-                raise RewardError(f"the reward app returned {len(scores)} scores for {len(pending.texts)} texts")
-            return scores
-        raise RewardError(
-            f"the reward app {self._app_name!r} did not answer within reward.timeout_s={self._config.timeout_s:g} s; "
-            "is it running, and are its replicas large enough?"
-        )
-
-    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[Score]:
-        """`result(submit(texts, prompts))`."""
-        return self.result(self.submit(texts, prompts))
-
-    def _call(self, texts: list[str], prompts: list[str] | None) -> DeploymentResponse:
-        if self._handle is None:
-            try:
-                self._handle = serve.get_app_handle(self._app_name)
-            except RayServeException as error:
-                raise RewardError(f"the reward app {self._app_name!r} is not running: {_describe(error)}") from error
-        return cast(DeploymentResponse, self._handle.score.remote(texts, prompts, self._calibrations))
 
 
 def build_reward_app(
@@ -299,30 +215,6 @@ def deploy_reward_app(config: RewardConfig, app_name: str) -> DeploymentHandle:
         serve.delete(app_name)
         raise
     return handle
-
-
-def fit_and_apply_calibration(
-    config: RewardConfig, app_name: str, texts: Sequence[str], prompts: Sequence[str] | None = None
-) -> RewardConfig:
-    """`config` with every `fit` replaced by the mean and spread of that member's scores of `texts`.
-
-    `texts` are N >= 2 responses of the untrained policy, `prompts` what they answer (for `text: prompt_and_response`).
-    Give the result to `RewardClient`; the running app is not touched.
-
-    Raises:
-        RewardError: as `EnsembleDeployment.score` and `fit_calibration`.
-    """
-    to_fit = [c.name for c in config.classifiers if c.calibration == "fit"]
-    if not to_fit:
-        return config
-    unscaled = with_calibrations(config, dict.fromkeys(to_fit, UNCALIBRATED))
-    scores = RewardClient(app_name, unscaled).score(texts, prompts)
-    fitted = {name: fit_calibration(name, np.array([s.per_classifier[name] for s in scores])) for name in to_fit}
-    for name, calibration in fitted.items():
-        logger.info(
-            "classifier %r: mean %.4f, std %.4f over %d texts", name, calibration.mean, calibration.std, len(texts)
-        )
-    return with_calibrations(config, fitted)
 
 
 def delete_reward_app(app_name: str) -> None:
@@ -392,18 +284,6 @@ def _checked_readings(name: str, readings: Readings, expected: int) -> Readings:
     for values in (readings.score, readings.toxicity, *readings.labels.values()):
         _checked(name, values, expected)
     return readings
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What was raised in the replica, when Ray brought it here."""
-    return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, DetoxError):
-        return str(error)
-    first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _last_line(message: str) -> str:

@@ -10,7 +10,7 @@ from detox_ray.config import ShapingConfig
 from detox_ray.records import Rollout, Score
 from detox_ray.rewards.classifiers import Classifier, load_classifier
 from detox_ray.rewards.shaping import shape
-from detox_ray.serving.reward_app import RewardClient
+from detox_ray.serving.reward_client import RewardClient
 
 
 class RolloutScorer:

@@ -15,8 +15,8 @@ from detox_ray.serving.api_errors import ApiError, invalid
 from detox_ray.serving.api_metrics import ApiMetrics
 from detox_ray.serving.batcher import TextBatcher
 from detox_ray.serving.readings import TextReading, text_readings
+from detox_ray.serving.replica_errors import RESTART_POLL_S
 from detox_ray.serving.result_cache import ResultCache
-from detox_ray.serving.reward_app import RESTART_POLL_S
 from detox_ray.serving.texts import Span, sentence_spans
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,9 @@ from detox_ray.classifier_config import Calibration, ClassifierConfig
 from detox_ray.config import RewardConfig
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards.classifiers import load_classifier
-from detox_ray.serving.reward_app import (
-    RewardClient,
-    delete_reward_app,
-    deploy_reward_app,
-    fit_and_apply_calibration,
-    texts_to_read,
-)
+from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
+from detox_ray.serving.reward_client import RewardClient, fit_and_apply_calibration
+from detox_ray.serving.texts import texts_to_read
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("local_ray")]
 
@@ -123,7 +119,7 @@ def test_toxicity_and_no_text(reward_app: RewardConfig) -> None:
 
 
 def test_scores_may_be_collected_late(reward_app: RewardConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detox_ray.serving.reward_app.CLIENT_GRACE_S", 0.0)
+    monkeypatch.setattr("detox_ray.serving.reward_client.CLIENT_GRACE_S", 0.0)
     client = RewardClient(APP, reward_app.model_copy(update={"timeout_s": 0.5}))
     pending = client.submit(TEXTS)
     time.sleep(1)

@@ -1,0 +1,21 @@
+"""What a failed call to a Serve replica says, and how soon to ask again."""
+
+from ray.exceptions import RayTaskError
+
+from detox_ray.errors import DetoxError
+
+# A restarting replica takes seconds; asking more often only fills logs.
+RESTART_POLL_S = 0.5
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised in the replica, when Ray brought it here."""
+    return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error
+
+
+def described(error: BaseException) -> str:
+    """Our own error's message, or another's type and first line."""
+    if isinstance(error, DetoxError):
+        return str(error)
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
