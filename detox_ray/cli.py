@@ -1,6 +1,7 @@
 """The commands; each calls one function. An error of ours is one line, and exit code 2."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -343,11 +344,23 @@ def main() -> None:
             raise
         _print_error(problem)
         sys.exit(2)
+    except Exception as error:
+        if not _is_of_ray(error):
+            raise
+        logging.getLogger("detox_ray").error("Ray failed", exc_info=error)
+        first = str(error).strip().split("\n")[0]
+        _print_error(f"Ray failed ({type(error).__name__}: {first}); the same command continues the run")
+        sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("stopped; the same command continues the run")
         sys.exit(130)
 
 
-def _print_error(error: DetoxError) -> None:
+def _is_of_ray(error: Exception) -> bool:
+    """Whether a node, the cluster or a process of Ray's own was lost."""
+    return "ray" in sys.modules and isinstance(error, sys.modules["ray"].exceptions.RayError)
+
+
+def _print_error(error: DetoxError | str) -> None:
     message = escape(" ".join(str(error).split()))
     Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ray import cloudpickle
+from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
@@ -38,14 +39,31 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
     """Run `loop(task)` on every learner until it returns.
 
     Raises:
-        DetoxError: of the learner's own kind, where it met one that a new attempt would meet again; or the learner
-            crashed more often than `train.max_failures`.
+        DetoxError: of the learner's own kind, where it met one that a new attempt would meet again; or learner or
+            controller were lost more often than `train.max_failures`.
     """
-    _remove_torn_list(run.checkpoints / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.timeout_s)  # read when the learners start
-    trainer = TorchTrainer(
+    work = cloudpickle.dumps(partial(loop, task))
+    for _ in range(config.max_failures + 1):
+        _remove_torn_list(run.checkpoints / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+        try:
+            _trainer(work, config, run).fit()
+        except RayActorError as error:
+            logger.warning("Ray Train's controller is lost (%s); starting another", type(error).__name__)
+        except TrainingFailedError as error:
+            logger.error("the learner failed", exc_info=error)
+            run.raise_failure()
+            raise _own_failure(error) or _gave_up("the learner", config, run, _last_line(error)) from error
+        else:
+            run.raise_failure()
+            return
+    raise _gave_up("Ray Train's controller", config, run, "its process died")
+
+
+def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> TorchTrainer:
+    return TorchTrainer(
         _run_packed,
-        train_loop_config={"work": cloudpickle.dumps(partial(loop, task))},
+        train_loop_config={"work": work},
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.num_gpus > 0,
@@ -61,20 +79,23 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
             },
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        logger.error("the learner failed", exc_info=error)
-        run.raise_failure()
-        failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-        if ours := next((failure for failure in failures if isinstance(failure, DetoxError)), None):
-            raise ours from error
-        raise DetoxError(
-            f"the learner crashed more than train.max_failures={config.max_failures} times "
-            f"({str(error).strip().splitlines()[-1].strip()}); see {run.path / 'run.log'}, "
-            "then start the same command again to continue"
-        ) from error
-    run.raise_failure()
+
+
+def _own_failure(error: TrainingFailedError) -> DetoxError | None:
+    """An error of ours that a learner ended with and could not leave in the run folder."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    return next((failure for failure in failures if isinstance(failure, DetoxError)), None)
+
+
+def _gave_up(who: str, config: LearnerConfig, run: RunFolder, reason: str) -> DetoxError:
+    return DetoxError(
+        f"{who} crashed more than train.max_failures={config.max_failures} times ({reason}); see "
+        f"{run.path / 'run.log'}, then start the same command again to continue"
+    )
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _run_packed(settings: dict[str, bytes]) -> None:
