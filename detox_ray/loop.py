@@ -25,6 +25,7 @@ from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
 from detox_ray.serving.reward_client import RewardClient, fit_and_apply_calibration
 from detox_ray.serving.scorer import RolloutScorer
 from detox_ray.terminal import Terminal
+from detox_ray.timeline import keep_worker_tasks
 from detox_ray.trainer import run_learners
 
 
@@ -62,6 +63,7 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
                 fit(plan, stream)
+            keep_worker_tasks(plan.run, plan.app_name)
             terminal.stage("verifying the saved adapter on the workers")
             pool.connect()
             answers.append(answer(pool, plan.engine, after, heldout, meter, plan.run, terminal))

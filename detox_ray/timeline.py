@@ -1,12 +1,15 @@
-"""`detox-ray timeline RUN`: where the learner's time went, step by step, as a Chrome trace."""
+"""`detox-ray timeline RUN`: where the time of each step went, as a Chrome trace: the learner's, and its workers'."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from detox_ray.errors import DataError
 from detox_ray.metrics_file import read_metrics, write_atomically
 from detox_ray.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 # In the order they follow one another within a step, on the learner's clock. Of a fine-tuning there are the last two.
 STAGES = {
@@ -16,8 +19,10 @@ STAGES = {
     "time_push_s": "push the adapter",
     "time_dev_s": "dev loss",
 }
-STEP_TRACK = 0
+LEARNER, WORKERS = 0, 1  # what the trace calls processes
 MICROSECONDS = 1e6
+TASKS_FILE = "worker_tasks.json"
+ROLLOUT_TASK, REPLICA_TASK = "task::RolloutWorker.", "task::ServeReplica:"
 
 
 def write_timeline(folder: str | Path, output: Path | None = None) -> Path:
@@ -31,38 +36,78 @@ def write_timeline(folder: str | Path, output: Path | None = None) -> Path:
     lines = read_metrics(run.metrics_file)
     if not lines:
         raise DataError(f"{run.metrics_file} holds no steps yet; wait for the first one")
+    first = lines[0]["ended_at"] - _seconds(lines[0])
+    tasks_file = run.path / TASKS_FILE
+    tasks = json.loads(tasks_file.read_text(encoding="utf-8")) if tasks_file.exists() else []
+    events = [*learner_events(lines, first), *worker_events(tasks, first)]
     path = output or run.path / "timeline.json"
-    write_atomically(path, json.dumps({"traceEvents": trace_events(lines), "displayTimeUnit": "ms"}))
+    write_atomically(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     return path
 
 
-def trace_events(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A track for whole steps and one for each stage; a step is what its stages took, up to the moment it ended.
+def keep_worker_tasks(run: RunFolder, app_name: str) -> None:
+    """Ask Ray, while it is there, when this job's rollout workers and its reward app's replicas did what."""
+    import ray
 
-    The stages of a step follow one another on the learner's clock, so their lengths and order are all there is to know
-    of it. What the workers did meanwhile is not in the metrics.
+    job = ray.get_runtime_context().get_job_id()
+    try:
+        events = ray.timeline()
+    except Exception as error:  # nothing of the run depends on it
+        logger.warning("the timeline will not show the workers (%s: %s)", type(error).__name__, error)
+        return
+    own = [
+        event
+        for event in events
+        if (event["cat"].startswith(ROLLOUT_TASK) and event["args"]["task_id"].endswith(job))
+        or event["cat"].startswith(f"{REPLICA_TASK}{app_name}:")
+    ]
+    tasks = [
+        {"worker": e["tid"], "task": e["cat"], "start": e["ts"] / MICROSECONDS, "seconds": e["dur"] / MICROSECONDS}
+        for e in own
+    ]
+    write_atomically(run.path / TASKS_FILE, json.dumps(tasks))
+
+
+def learner_events(lines: list[dict[str, Any]], first: float) -> list[dict[str, Any]]:
+    """A track for whole steps and one for each stage, in seconds since `first`.
+
+    Stages follow one another on the learner's clock, up to the moment the step ended.
     """
     stages = [name for name in STAGES if any(name in line for line in lines)]
-    tracks = {STEP_TRACK: "step", **{i: STAGES[name] for i, name in enumerate(stages, 1)}}
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": track, "args": {"name": name}}
-        for track, name in tracks.items()
-    ]
-    first = lines[0]["ended_at"] - _seconds(lines[0], stages)
+    events = [_name(LEARNER, None, "learner"), _name(LEARNER, 0, "step")]
+    events += [_name(LEARNER, track, STAGES[name]) for track, name in enumerate(stages, 1)]
     for line in lines:
-        start = line["ended_at"] - _seconds(line, stages) - first
+        start = line["ended_at"] - _seconds(line) - first
         numbers = {name: value for name, value in line.items() if name != "ended_at"}
-        events.append(_span(f"step {line['step'] + 1}", STEP_TRACK, start, _seconds(line, stages)) | {"args": numbers})
+        events.append(_span(f"step {line['step'] + 1}", LEARNER, 0, start, _seconds(line)) | {"args": numbers})
         for track, name in enumerate(stages, 1):
-            events.append(_span(STAGES[name], track, start, line.get(name, 0.0)))
+            events.append(_span(STAGES[name], LEARNER, track, start, line.get(name, 0.0)))
             start += line.get(name, 0.0)
     return events
 
 
-def _seconds(line: dict[str, Any], stages: list[str]) -> float:
-    return sum(line.get(name, 0.0) for name in stages)
+def worker_events(tasks: list[dict[str, Any]], first: float) -> list[dict[str, Any]]:
+    """A track for each process of rollout workers and classifiers."""
+    tasks = sorted(tasks, key=lambda task: task["start"])
+    tracks = {worker: track for track, worker in enumerate(dict.fromkeys(task["worker"] for task in tasks))}
+    named = {task["worker"]: task["task"].partition("::")[2].rpartition(".")[0] for task in tasks}
+    events = [_name(WORKERS, None, "rollout workers and classifiers")] if tasks else []
+    events += [_name(WORKERS, track, named[worker]) for worker, track in tracks.items()]
+    for task in tasks:
+        name = task["task"].rpartition(".")[2]
+        events.append(_span(name, WORKERS, tracks[task["worker"]], task["start"] - first, task["seconds"]))
+    return events
 
 
-def _span(name: str, track: int, start_s: float, length_s: float) -> dict[str, Any]:
+def _seconds(line: dict[str, Any]) -> float:
+    return sum(line.get(name, 0.0) for name in STAGES)
+
+
+def _name(process: int, track: int | None, name: str) -> dict[str, Any]:
+    kind = {"name": "process_name"} if track is None else {"name": "thread_name", "tid": track}
+    return {"ph": "M", "pid": process, **kind, "args": {"name": name}}
+
+
+def _span(name: str, process: int, track: int, start_s: float, length_s: float) -> dict[str, Any]:
     times = {"ts": start_s * MICROSECONDS, "dur": length_s * MICROSECONDS}
-    return {"ph": "X", "name": name, "pid": 0, "tid": track, **times}
+    return {"ph": "X", "name": name, "pid": process, "tid": track, **times}

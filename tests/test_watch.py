@@ -97,18 +97,29 @@ def test_a_sparkline_shows_lowest_and_highest_and_stays_short() -> None:
 
 
 def test_the_timeline_lays_each_steps_stages_end_to_end_up_to_the_moment_it_ended(run: Path) -> None:
-    events = json.loads(write_timeline(run).read_text())["traceEvents"]
-    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert [*names.values()] == ["step", "wait for responses", "wait for scores", "learn", "push the adapter"]
-    spans = [(names[e["tid"]], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events if e["ph"] == "X"]
-    assert spans[:6] == [
-        ("step", 0.0, 4.0),
-        ("wait for responses", 0.0, 1.0),
-        ("wait for scores", 1.0, 1.5),
-        ("learn", 1.5, 3.5),
-        ("push the adapter", 3.5, 4.0),
-        ("step", 5.0, 9.0),
+    tasks = [
+        {"worker": "w1", "task": "task::RolloutWorker.generate", "start": 996.5, "seconds": 0.25},
+        {"worker": "w2", "task": "task::ServeReplica:app:classifier-a.score", "start": 996.75, "seconds": 0.5},
+        {"worker": "w1", "task": "task::RolloutWorker.apply", "start": 999.5, "seconds": 0.5},
     ]
+    (run / "worker_tasks.json").write_text(json.dumps(tasks))
+    events = json.loads(write_timeline(run).read_text())["traceEvents"]
+    names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert names == {
+        (0, None): "learner", (0, 0): "step", (0, 1): "wait for responses", (0, 2): "wait for scores", (0, 3): "learn",
+        (0, 4): "push the adapter", (1, None): "rollout workers and classifiers", (1, 0): "RolloutWorker",
+        (1, 1): "ServeReplica:app:classifier-a",
+    }  # fmt: skip
+    spans = [(e["name"], e["pid"], e["tid"], e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"]
+    assert spans[:6] == [
+        ("step 1", 0, 0, 0.0, 4.0),
+        ("wait for responses", 0, 1, 0.0, 1.0),
+        ("wait for scores", 0, 2, 1.0, 0.5),
+        ("learn", 0, 3, 1.5, 2.0),
+        ("push the adapter", 0, 4, 3.5, 0.5),
+        ("step 2", 0, 0, 5.0, 4.0),
+    ]
+    assert spans[-3:] == [("generate", 1, 0, 0.5, 0.25), ("score", 1, 1, 0.75, 0.5), ("apply", 1, 0, 3.5, 0.5)]
 
 
 def test_refusals(run: Path, tmp_path: Path, refused_line: Callable[..., str]) -> None:
