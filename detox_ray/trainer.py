@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ray import cloudpickle
+import ray
+from ray import PlacementGroupID, cloudpickle
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup
 
 from detox_ray.config import LearnerConfig
 from detox_ray.errors import DetoxError
@@ -50,6 +52,7 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
             _trainer(work, config, run).fit()
         except RayActorError as error:
             logger.warning("Ray Train's controller is lost (%s); starting another", type(error).__name__)
+            _remove_placement_groups()
         except TrainingFailedError as error:
             logger.error("the learner failed", exc_info=error)
             run.raise_failure()
@@ -79,6 +82,15 @@ def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> TorchTrainer
             },
         ),
     )
+
+
+def _remove_placement_groups() -> None:
+    """Take back what a lost controller had reserved, and end its learners; nothing else of this job has such groups."""
+    job = ray.get_runtime_context().get_job_id()
+    for group in ray.util.placement_group_table().values():
+        # The last bytes of a group's id are those of the job that made it.
+        if group["state"] != "REMOVED" and (found := group["placement_group_id"]).endswith(job):
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(found))))
 
 
 def _own_failure(error: TrainingFailedError) -> DetoxError | None:
