@@ -79,7 +79,7 @@ def on_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
         "OMP_NUM_THREADS": "1",
     }
     common = [
-        "ray", "start", "--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "2",
+        "ray", "start", "--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "4",
         "--object-store-memory", str(2 * 10**8), "--dashboard-agent-listen-port", "0",
     ]  # fmt: skip
     # Nodes of one machine would share what is unpacked for a job, and delete it under each other.
