@@ -120,7 +120,7 @@ def stop(nodes: list[psutil.Process]) -> None:
     processes = [child for node in nodes for child in (node, *node.children(recursive=True))]
     for node in nodes:
         node.terminate()
-    _, left = psutil.wait_procs(processes, timeout=20)
+    _, left = psutil.wait_procs(processes, timeout=5)
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
