@@ -13,8 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/detox-ray train configs/laptop.yaml name=demo
 
+# The unit tests run beside those that start Ray, which wait more than they compute.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest -m unit >unit-tests.log 2>&1 & \
+	$(BIN)/python -m pytest -m "not unit"; rest=$$?; \
+	wait $$!; unit=$$?; cat unit-tests.log; exit $$((rest || unit))
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--dialogsum", type=Path, required=True, help="folder of dialogsum.{train,dev}.jsonl")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="RealToxicityPrompts files")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--minutes", type=float, default=12.0, help="of processor time, looks at the dev split included")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of processor time, with looks at the dev split")
     options = parser.parse_args()
     console = Console(width=140)
     facts = machine(("torch", "transformers", "rouge-score"))

@@ -13,15 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: what starts Ray in one process, the unit tests beside it, file by file."""
-    for item in items:
-        is_unit = item.get_closest_marker("unit") is not None
-        item.add_marker(pytest.mark.xdist_group(item.path.name if is_unit else "ray"))
-    items.sort(key=lambda item: item.get_closest_marker("unit") is not None)
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The real data and models beside the checkout; tests that need them are skipped elsewhere."""
