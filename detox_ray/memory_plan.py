@@ -18,6 +18,7 @@ from detox_ray.policy.footprint import (
     cache_bytes_per_token,
     dequantization_bytes,
     logits_bytes,
+    sharded_weight_bytes,
     skeleton,
     weight_bytes,
 )
@@ -144,9 +145,12 @@ def learner_role(
     """The learners; `batch` is what one pass keeps, in bytes."""
     trained = shape.adapter_parameters()
     process = CUDA_BYTES if learner.num_gpus > 0 else PROCESS_BYTES["learner"]
+    if learner.shard_base:
+        weights = sharded_weight_bytes(shape, policy.quantization, policy.double_quantization, learner.workers)
+    else:
+        weights = weight_bytes(shape, policy.quantization, policy.double_quantization)
     purposes = {
-        "weights": weight_bytes(shape, policy.quantization, policy.double_quantization)
-        + (dequantization_bytes(shape) if policy.quantization == "nf4" else 0),
+        "weights": weights + (dequantization_bytes(shape) if policy.quantization == "nf4" else 0),
         "trained": trained * (4 + GRADIENT_BYTES + MOMENT_BYTES[optimizer.optimizer]),
         "batch": batch,
         "process": process,
@@ -199,7 +203,7 @@ def _classifier(classifier: ClassifierConfig) -> Role:
 def _remedies(config: Config, shape: Skeleton) -> dict[str, float]:
     """Settings that would make a learner smaller -> bytes they would save."""
     policy, ppo = config.policy, config.ppo
-    found = quantization_remedy(policy, shape)
+    found = weight_remedies(policy, config.train, shape)
     now = _activations(config, shape, policy.gradient_checkpointing)
     if not policy.gradient_checkpointing:
         found["policy.gradient_checkpointing=true"] = now - _activations(config, shape, True)
@@ -210,12 +214,16 @@ def _remedies(config: Config, shape: Skeleton) -> dict[str, float]:
     return worthwhile(found)
 
 
-def quantization_remedy(policy: PolicyConfig, shape: Skeleton) -> dict[str, float]:
-    """What NF4 would save, where the base is not in NF4 already."""
-    if policy.quantization == "nf4":
-        return {}
-    smaller = weight_bytes(shape, "nf4") + dequantization_bytes(shape)
-    return {"policy.quantization=nf4": weight_bytes(shape, policy.quantization) - smaller}
+def weight_remedies(policy: PolicyConfig, learner: LearnerConfig, shape: Skeleton) -> dict[str, float]:
+    """What NF4 would save, and spreading the base over the learners, where that is not done already."""
+    found = {}
+    whole = weight_bytes(shape, policy.quantization, policy.double_quantization)
+    if policy.quantization != "nf4":
+        found["policy.quantization=nf4"] = whole - weight_bytes(shape, "nf4") - dequantization_bytes(shape)
+    if policy.quantization != "int8" and learner.workers > 1 and not learner.shard_base:
+        sharded = sharded_weight_bytes(shape, policy.quantization, policy.double_quantization, learner.workers)
+        found["train.shard_base=true"] = whole - sharded
+    return found
 
 
 def worthwhile(remedies: dict[str, float]) -> dict[str, float]:

@@ -29,7 +29,7 @@ PLACEMENT = (
     "rollout.canary_tolerance", "rollout.max_logprob_gap", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.kv_cache_mib",
     "reward.timeout_s", "reward.retries", "train.num_cpus", "train.num_gpus", "train.resources",
-    "train.threads", "train.max_failures", "train.timeout_s", "train.checkpoint_every",
+    "train.threads", "train.shard_base", "train.max_failures", "train.timeout_s", "train.checkpoint_every",
 )  # fmt: skip
 CLASSIFIER_PLACEMENT = (
     "replicas", "num_cpus", "num_gpus", "resources", "batch_size",

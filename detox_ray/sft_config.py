@@ -5,7 +5,15 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from detox_ray.config import Config, DialogueFormat, LearnerConfig, PolicyConfig, RunSettings, Template
+from detox_ray.config import (
+    Config,
+    DialogueFormat,
+    LearnerConfig,
+    PolicyConfig,
+    RunSettings,
+    Template,
+    refuse_sharded_int8,
+)
 from detox_ray.config_file import Overrides, parse_section, read_tree
 from detox_ray.config_section import Section, absolute_path
 from detox_ray.ppo_config import OptimizerConfig
@@ -67,6 +75,11 @@ class SFTConfig(RunSettings):
     data: ExampleConfig = ExampleConfig()
     policy: PolicyConfig = PolicyConfig()
     train: TuningConfig = TuningConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SFTConfig":
+        refuse_sharded_int8(self.policy, self.train)
+        return self
 
     def with_absolute_paths(self) -> "SFTConfig":
         """The same with every model, adapter and file that exists here made absolute, for other processes."""

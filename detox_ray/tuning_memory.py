@@ -2,7 +2,7 @@
 
 import torch
 
-from detox_ray.memory_plan import MemoryPlan, learner_role, quantization_remedy, worthwhile
+from detox_ray.memory_plan import MemoryPlan, learner_role, weight_remedies, worthwhile
 from detox_ray.policy.footprint import Skeleton, activation_bytes, logits_bytes, skeleton
 from detox_ray.policy.load import compute_dtype
 from detox_ray.sft_config import SFTConfig
@@ -18,7 +18,7 @@ def plan_tuning_memory(config: SFTConfig) -> MemoryPlan:
     device = torch.device("cuda" if train.num_gpus > 0 else "cpu")
     shape = skeleton(policy, compute_dtype(policy, device))
     now = _pass_bytes(config, shape, policy.gradient_checkpointing, train.microbatch_tokens)
-    remedies = quantization_remedy(policy, shape)
+    remedies = weight_remedies(policy, train, shape)
     if not policy.gradient_checkpointing:
         checkpointed = _pass_bytes(config, shape, True, train.microbatch_tokens)
         remedies["policy.gradient_checkpointing=true"] = now - checkpointed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detox_ray.errors import DetoxError
-from detox_ray.learner.distributed import sum_gradients, sum_over_learners, world
+from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
 from detox_ray.learner.optimizer import make_optimizer, rate_factor
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
@@ -85,8 +85,7 @@ class SFT:
         )
         self.optimizer.zero_grad()
         total = 0.0
-        for piece in pieces_by_length(examples, self._microbatch_tokens):
-            loss = self._negative_logprob(piece)
+        for loss in self._losses(examples):
             (loss / response_tokens.to(loss)).backward()
             total += float(loss.detach())
         sum_gradients(parameters)
@@ -114,9 +113,18 @@ class SFT:
     def loss(self, examples: Sequence[TokenizedExample]) -> float:
         """Nats a response token, over all learners' shares, without dropout."""
         self.policy.set_dropout(False)
-        total = sum(float(self._negative_logprob(p)) for p in pieces_by_length(examples, self._microbatch_tokens))
+        total = sum(float(loss) for loss in self._losses(examples))
         summed, tokens = sum_over_learners(total, sum(len(e.response_ids) for e in examples))
         return float(summed / tokens)
+
+    def _losses(self, examples: Sequence[TokenizedExample]) -> Iterator[Tensor]:
+        """[] of every piece of the examples; equally many on all learners, which a sharded base needs."""
+        pieces = list(pieces_by_length(examples, self._microbatch_tokens))
+        most = int(max_over_learners(torch.tensor(len(pieces), device=self._device)))
+        yield from map(self._negative_logprob, pieces)
+        idle = TokenizedExample(np.array([self._pad_id]), np.array([self._pad_id]))
+        for _ in range(len(pieces), most):
+            yield 0.0 * self._negative_logprob([idle])
 
     def _negative_logprob(self, examples: Sequence[TokenizedExample]) -> Tensor:
         """[] the sum over the response tokens; each example is alone in its row, so none sees another."""

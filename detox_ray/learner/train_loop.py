@@ -87,7 +87,7 @@ def train_loop(task: LearnerTask) -> None:
 def _train(task: LearnerTask) -> None:
     config, run_dir, stream = task.config, Path(task.run_dir), task.stream
     torch.set_num_threads(config.train.threads)
-    policy = Policy(config.policy, get_device(), config.seed)
+    policy = Policy(config.policy, get_device(), config.seed, config.train.shard_base)
     ppo = PPO(policy, config.ppo, _sampling_law(task), task.pad_id, config.train.total_steps, config.seed)
     first_step = resume(ppo, run_dir / CHECKPOINT_FOLDER)
     last_step = config.train.total_steps - 1
@@ -178,12 +178,9 @@ def publish(task: LearnerTask, policy: Policy) -> int:
         DivergenceError: what the policy says is no number.
     """
 
-    def from_first_learner() -> int:
-        canary = policy.canary(task.canary_length)
-        refuse_not_finite(canary)
-        return task.stream.publish(policy.adapter, canary)
-
-    return on_first_learner(from_first_learner)
+    canary = policy.canary(task.canary_length)  # on every learner: those of a sharded base compute together
+    refuse_not_finite(canary)
+    return on_first_learner(lambda: task.stream.publish(policy.adapter, canary))
 
 
 def _share(batch: ScoredBatch) -> tuple[Sequence[Rollout], np.ndarray]:

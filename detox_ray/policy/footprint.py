@@ -15,6 +15,7 @@ from detox_ray.config import PolicyConfig
 from detox_ray.policy.architecture import language_model_class
 from detox_ray.policy.load import load_model_config
 from detox_ray.policy.policy import attach_adapter
+from detox_ray.policy.sharding import transformer_blocks
 from detox_ray.policy.tokens import MAX_LOGITS
 
 # NF4 scales: a float32 for 64 weights, or with double quantisation a byte for 64 and a float32 for 64 * 256 of those
@@ -81,6 +82,25 @@ def weight_bytes(shape: Skeleton, quantization: str, double_quantization: bool =
         case "int8":
             return rest + linear + sum(4 * weight.shape[0] for weight in shape.quantizable())
     return rest + linear * shape.dtype.itemsize
+
+
+def sharded_weight_bytes(shape: Skeleton, quantization: str, double_quantization: bool, learners: int) -> float:
+    """The frozen base as one of several learners holds it with `train.shard_base`.
+
+    Its part of the weights of the blocks, a block of them whole while that computes, and everything else.
+    """
+    each = 0.5 if quantization == "nf4" else shape.dtype.itemsize
+    linear = {id(weight) for weight in shape.quantizable()}
+    blocks = [
+        sum(
+            p.numel() * (each if id(p) in linear else shape.dtype.itemsize)
+            for p in block.parameters()
+            if not p.requires_grad
+        )
+        for block in transformer_blocks(shape.base)
+    ]
+    whole = weight_bytes(shape, quantization, double_quantization)
+    return whole - sum(blocks) * (1 - 1 / learners) + max(blocks)
 
 
 def dequantization_bytes(shape: Skeleton) -> float:

@@ -110,8 +110,8 @@ def compute_dtype(config: PolicyConfig, device: torch.device) -> torch.dtype:
     return getattr(torch, config.compute_dtype)
 
 
-def load_base(config: PolicyConfig, device: torch.device) -> PreTrainedModel:
-    """The frozen base on `device`, quantised as configured.
+def load_base(config: PolicyConfig, device: torch.device, loaded_on: torch.device | None = None) -> PreTrainedModel:
+    """The frozen base for computations on `device`, there or on `loaded_on`, quantised as configured.
 
     Raises:
         ModelError: it cannot be loaded, has weights in no safetensors file, or cannot be quantised.
@@ -140,7 +140,7 @@ def load_base(config: PolicyConfig, device: torch.device) -> PreTrainedModel:
             use_safetensors=True,
             dtype=dtype,
             quantization_config=quantization,
-            device_map={"": device},
+            device_map={"": loaded_on or device},
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load("model", config.model, error)) from None

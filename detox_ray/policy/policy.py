@@ -25,6 +25,7 @@ from detox_ray.policy.architecture import (
 )
 from detox_ray.policy.load import check_quantization, is_conv1d, load_base, load_model_config
 from detox_ray.policy.sequences import Sequences
+from detox_ray.policy.sharding import shard_blocks
 from detox_ray.policy.tokens import token_logprobs
 
 CANARY_LENGTH = 150  # more than vLLM's largest block, so that a stale cached block shows
@@ -55,14 +56,16 @@ class Policy(nn.Module):
     Trainable parameters are the adapter's and the value head's, in float32.
     """
 
-    def __init__(self, config: PolicyConfig, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, config: PolicyConfig, device: torch.device, seed: int = 0, shard_base: bool = False) -> None:
         """Load the base and attach a fresh adapter (or `policy.adapter`) and a value head of zeros.
+
+        With `shard_base` it is spread over the learners, see `shard_blocks`.
 
         Raises:
             ModelError: the model cannot be loaded, or the adapter or its targets do not fit it.
         """
         super().__init__()
-        base = load_base(config, device)
+        base = load_base(config, device, torch.device("cpu") if shard_base else device)
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.enable_input_require_grads()
@@ -78,6 +81,8 @@ class Policy(nn.Module):
             self.load(start)
             if self._reference_adapter:
                 add_frozen_adapter(self.model, start, REFERENCE)
+        if shard_base:
+            shard_blocks(self.model, device)
         self.train()
 
     def forward(
