@@ -13,12 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/detox-ray train configs/laptop.yaml name=demo
 
-# The unit tests run beside those that start Ray, which wait more than they compute.
+# Whole runs (tests/e2e), beside everything else: they wait more than they compute.
 test: $(VENV)/installed
 	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest -m unit >unit-tests.log 2>&1 & \
-	$(BIN)/python -m pytest -m "not unit"; rest=$$?; \
-	wait $$!; unit=$$?; cat unit-tests.log; exit $$((rest || unit))
+	$(BIN)/python -m pytest tests/e2e >e2e-tests.log 2>&1 & \
+	$(BIN)/python -m pytest --ignore=tests/e2e; rest=$$?; \
+	wait $$!; e2e=$$?; cat e2e-tests.log; exit $$((rest || e2e))
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
