@@ -320,6 +320,11 @@ class RunSettings(Section):
         "run", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run and of its folder"
     )
     output_dir: str = Field("runs", description="folder of run folders")
+    storage: str | None = Field(
+        None,
+        description="where a copy of the run folder is kept, such as s3://bucket/runs (any file system of pyarrow or "
+        "fsspec); a run that is not in output_dir goes on from there",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1)
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()

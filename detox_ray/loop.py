@@ -19,6 +19,7 @@ from detox_ray.policy.adapter import is_whole
 from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream, sampling_of
+from detox_ray.run_copy import kept
 from detox_ray.schedule import Schedule
 from detox_ray.serving.app_guard import guard_app
 from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
@@ -41,11 +42,17 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, ModelError: something does not fit; nothing expensive has started.
-        RewardError, SyncError: the run was stopped; the folder can be continued once the cause is mended.
+        RewardError, SyncError, StorageError: the run was stopped; it can be continued once the cause is mended.
     """
     terminal = Terminal(quiet)
     plan = prepare(config, terminal)
-    if (finished := plan.run.read_evaluation(config.train.total_steps)) is not None and is_whole(plan.run.adapter):
+    with kept(plan.run.path, plan.config.storage, plan.config.name):
+        return run(plan, terminal)
+
+
+def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
+    """What `train` does with a run that fits together; nothing if it is complete."""
+    if (finished := plan.run.read_evaluation(plan.config.train.total_steps)) is not None and is_whole(plan.run.adapter):
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
         return finished

@@ -22,10 +22,11 @@ from detox_ray.metrics_file import (
     STEPS_FILE,
     write_atomically,
 )
+from detox_ray.run_copy import RunCopy
 
 # May differ between a run and its continuation: where and how patiently it runs, not what it computes.
 PLACEMENT = (
-    "ray.", "tracking.", "output_dir", "name", "rollout.num_cpus", "rollout.num_gpus", "rollout.resources",
+    "ray.", "tracking.", "output_dir", "name", "storage", "rollout.num_cpus", "rollout.num_gpus", "rollout.resources",
     "rollout.canary_tolerance", "rollout.max_logprob_gap", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.kv_cache_mib",
     "reward.timeout_s", "reward.retries", "train.num_cpus", "train.num_gpus", "train.resources",
@@ -76,9 +77,12 @@ class RunFolder:
         """The folder of a new run, or of the run to continue; another process cannot open it at the same time.
 
         Raises:
-            ConfigError: it holds a run with another configuration, is in use, or cannot be written.
+            ConfigError: it holds a run with another configuration, is in use, or cannot be written; or so does, is or
+                can its copy in `storage`.
         """
         run = cls.claim(config.run_dir)
+        if config.storage is not None:
+            RunCopy(config.storage, config.name).open(run.path)
         try:
             # A run that has not come as far as a checkpoint has nothing to lose.
             if run.config_file.exists() and run.checkpoints.exists():

@@ -15,6 +15,7 @@ from detox_ray.placement import check_placements, learner_placement
 from detox_ray.plan import with_lab
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
+from detox_ray.run_copy import kept
 from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.sft_config import SFTConfig
 from detox_ray.terminal import Terminal, tuning_line
@@ -55,6 +56,14 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
     """
     terminal = Terminal(quiet)
     plan = prepare(config, terminal)
+    with kept(plan.run.path, plan.config.storage, plan.config.name):
+        result = run(plan, terminal)
+    plan.run.release()
+    return result
+
+
+def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
+    """What `fine_tune` does with a run that fits together; nothing if it is complete."""
     result_file = plan.run.path / FINE_TUNING_FILE
     if result_file.exists():
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
@@ -71,7 +80,6 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
         + (" (stopped early)" if result["stopped_early"] else "")
     )
     terminal.stage(f"adapter: {plan.run.adapter}")
-    plan.run.release()
     return result
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from detox_ray.errors import ModelError, StorageError
-from detox_ray.metrics_file import ADAPTER_FOLDER, STEPS_FILE
+from detox_ray.metrics_file import ADAPTER_FOLDER, MANIFEST_FILE, STEPS_FILE
 from detox_ray.policy.adapter import DIGEST_FILE, Adapter, load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 
 LEARNER_FILE = "learner.pt"
-MANIFEST_FILE = "manifest.json"
 
 
 def write_checkpoint(folder: Path, step: int, adapter: Adapter, state: dict[str, Any]) -> None:

@@ -1,0 +1,214 @@
+"""The copy of a run folder in an object store (`storage`), from which the run goes on where its folder is not."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow
+from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalFileSystem, PyFileSystem
+
+from detox_ray.errors import ConfigError, StorageError
+from detox_ray.metrics_file import CHECKPOINT_FOLDER, MANIFEST_FILE
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY_S = 30
+LEASE_S = 120  # a copy that nobody has written to for so long is in nobody's use
+LEASE_FILE = "in_use.json"
+# Ray's logs, what can be made again, and what is being written or replaced.
+LEFT_OUT = re.compile(r"(^|/)(\.lock|ray-logs|dequantized_base-[^/]*|[^/]+\.\d+\.(tmp|old)|in_use\.json)(/|$)")
+
+
+class RunCopy:
+    """The copy of one run folder at `storage/name`."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        """Raises:
+        ConfigError: `storage` is no address of a file system that can be opened here.
+        """
+        self.address = f"{storage.rstrip('/')}/{name}"
+        self._files, root = _file_system(storage)
+        self._root = f"{root.rstrip('/')}/{name}"
+        self._saved: dict[str, tuple[int, int] | None] = {}
+        self._folders: set[str] = set()
+
+    def open(self, folder: Path) -> None:
+        """Fill the folder with the run, if the copy has one and the folder has none, and let nobody else do so.
+
+        Raises:
+            ConfigError: the copy is in use elsewhere, is ahead of a run in the folder, or cannot be read or written.
+        """
+        try:
+            self._refuse_in_use()
+            there, here = _steps(self._files, self._root), _steps(LocalFileSystem(), str(folder))
+            if there > here >= 0:
+                raise ConfigError(
+                    f"storage: the run in {self.address} has come to step {there + 1} and that in {folder} to step "
+                    f"{here + 1}; remove {folder} to go on from the copy, or choose another name=..."
+                )
+            self._saved = dict.fromkeys(self._listed(), None)
+            if there > here:
+                self._fetch(folder)
+            self._write_lease()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ConfigError(f"storage: {self.address} cannot be used ({_first_line(error)})") from None
+
+    def save(self, folder: Path) -> None:
+        """Make the copy like the folder; a checkpoint becomes whole there last, and is removed after a newer one came.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            self._write_lease()
+            present = _files_of(folder)
+            for name in present:
+                self._save_file(folder, name)
+            for name in self._saved.keys() - set(present):
+                self._files.delete_file(f"{self._root}/{name}")
+                del self._saved[name]
+        except (OSError, pyarrow.ArrowException) as error:
+            raise StorageError(
+                f"storage: {self.address} cannot be written ({_first_line(error)}); the run is whole in {folder}: "
+                "start the same command again once the cause is mended"
+            ) from None
+
+    def release(self) -> None:
+        """Let others use the copy at once."""
+        with suppress(OSError, pyarrow.ArrowException):
+            self._files.delete_file(f"{self._root}/{LEASE_FILE}")
+
+    def _save_file(self, folder: Path, name: str) -> None:
+        try:
+            found = (folder / name).stat()
+            if self._saved.get(name) == (found.st_size, found.st_mtime_ns):
+                return
+            with (folder / name).open("rb") as source, self._output(name) as target:
+                shutil.copyfileobj(source, target)
+        except FileNotFoundError:
+            return  # replaced or removed meanwhile: the next time tells
+        self._saved[name] = (found.st_size, found.st_mtime_ns)
+
+    def _fetch(self, folder: Path) -> None:
+        for name in sorted(self._saved, key=_manifests_last):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with self._files.open_input_stream(f"{self._root}/{name}") as source, (folder / name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+
+    def _output(self, name: str) -> Any:
+        path = f"{self._root}/{name}"
+        if (parent := path.rpartition("/")[0]) not in self._folders:
+            self._files.create_dir(parent, recursive=True)
+            self._folders.add(parent)
+        return self._files.open_output_stream(path)
+
+    def _listed(self) -> list[str]:
+        found = self._files.get_file_info(FileSelector(self._root, recursive=True, allow_not_found=True))
+        names = [info.path.removeprefix(f"{self._root}/") for info in found if info.type == FileType.File]
+        return [name for name in names if not LEFT_OUT.search(name)]
+
+    def _write_lease(self) -> None:
+        with self._output(LEASE_FILE) as file:
+            file.write(json.dumps({**_whose(), "time": time.time()}).encode())
+
+    def _refuse_in_use(self) -> None:
+        lease = _read_json(self._files, f"{self._root}/{LEASE_FILE}")
+        if lease is None or lease["host"] == socket.gethostname():  # on one host the folder's lock tells
+            return
+        silent_s = time.time() - lease["time"]
+        if silent_s < LEASE_S:
+            raise ConfigError(
+                f"storage: {self.address} is in use by process {lease['pid']} on {lease['host']}; if that was killed, "
+                f"try again in {LEASE_S - silent_s:.0f} s, or choose another name=..."
+            )
+
+
+@contextmanager
+def kept(folder: Path, storage: str | None, name: str) -> Iterator[None]:
+    """While the block runs, and once more behind it, save the folder to `storage/name`; None: do nothing.
+
+    Raises:
+        StorageError: it could not be saved at the end; failures on the way are logged and made up for.
+    """
+    if storage is None:
+        yield
+        return
+    copy, ended = RunCopy(storage, name), threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(SAVE_EVERY_S):
+            try:
+                copy.save(folder)
+            except StorageError as error:
+                logger.warning("%s", error)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        copy.save(folder)
+        copy.release()
+
+
+def _file_system(storage: str) -> tuple[FileSystem, str]:
+    """A file system of pyarrow's or, where it knows none, of fsspec's, and the path in it."""
+    try:
+        return FileSystem.from_uri(storage)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError):
+        pass
+    try:
+        found, path = fsspec.core.url_to_fs(storage)
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError(
+            f"storage={storage!r} is no address that pyarrow or fsspec can open ({_first_line(error)}); "
+            "give one such as s3://bucket/runs"
+        ) from None
+    return PyFileSystem(FSSpecHandler(found)), path
+
+
+def _steps(files: FileSystem, root: str) -> int:
+    """The last step of the whole checkpoints in a run folder; -1: there are none."""
+    selector = FileSelector(f"{root}/{CHECKPOINT_FOLDER}", recursive=True, allow_not_found=True)
+    manifests = [info.path for info in files.get_file_info(selector) if info.base_name == MANIFEST_FILE]
+    found = [_read_json(files, path) for path in manifests]
+    return max((manifest["step"] for manifest in found if manifest), default=-1)
+
+
+def _read_json(files: FileSystem, path: str) -> Any:
+    """The file's content; None: there is none, or it is torn."""
+    try:
+        with files.open_input_stream(path) as file:
+            return json.loads(file.read())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _files_of(folder: Path) -> list[str]:
+    """What of a run folder is copied, in the order in which it is."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted((name for name in names if not LEFT_OUT.search(name)), key=_manifests_last)
+
+
+def _manifests_last(name: str) -> tuple[bool, str]:
+    return name.endswith(MANIFEST_FILE), name
+
+
+def _whose() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,161 @@
+"""The copy of a run folder: complete, never torn, continued from elsewhere, and never overwritten by who is behind."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from detox_ray import run_copy
+from detox_ray.errors import ConfigError, StorageError
+from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, write_checkpoint
+from detox_ray.policy.adapter import Adapter, content_digest
+from detox_ray.run_copy import LEASE_S, RunCopy, kept
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(params=["file", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An address that pyarrow opens, and one that only fsspec does."""
+    if request.param == "file":
+        yield f"file://{tmp_path / 'store'}"
+    else:
+        yield "memory://bucket/runs"
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def make_run(folder: Path, steps: int) -> Path:
+    """A run folder with a checkpoint after so many steps."""
+    tensors = {"base_model.model.x.lora_A.weight": np.full((2, 2), steps, dtype=np.float32)}
+    adapter = Adapter(0, content_digest({"r": 2}, tensors), {"r": 2}, tensors)
+    write_checkpoint(folder / "checkpoints" / f"checkpoint_{steps}", steps - 1, adapter, {"step": steps})
+    (folder / "config.yaml").write_text("name: one\n")
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(steps)))
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_goes_on_where_its_folder_is_not(storage: str, tmp_path: Path) -> None:
+    here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
+    for left_out in (".lock", "ray-logs/worker.log", "dequantized_base-1/model.safetensors", "adapter.7.tmp/x"):
+        (here / left_out).parent.mkdir(exist_ok=True, parents=True)
+        (here / left_out).write_text("not for others")
+    with kept(here, storage, "one"):
+        (here / "report.html").write_text("made while it ran")
+    RunCopy(storage, "one").open(there)
+    expected = {name: data for name, data in content(here).items() if data != b"not for others"}
+    assert content(there) == expected
+    found = last_whole_checkpoint(there / "checkpoints")
+    assert found is not None
+    assert found[0] == 2
+
+
+def test_what_a_run_removes_is_removed_and_what_it_changes_is_changed(storage: str, tmp_path: Path) -> None:
+    here = make_run(tmp_path / "here", 3)
+    with kept(here, storage, "one"):
+        pass
+    (here / "checkpoints" / "checkpoint_3").rename(tmp_path / "gone")
+    make_run(here, 6)
+    copy = RunCopy(storage, "one")
+    copy.open(here)  # as a command that was started again does
+    copy.save(here)
+    RunCopy(storage, "one").open(tmp_path / "there")
+    assert content(tmp_path / "there") == content(here)
+
+
+def test_a_checkpoint_is_whole_in_the_copy_last(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copying is cut short before each file in turn: there is always a whole checkpoint to go on from."""
+    here = make_run(tmp_path / "here", 3)
+    with kept(here, storage, "one"):
+        pass
+    (here / "checkpoints" / "checkpoint_3").rename(tmp_path / "gone")
+    make_run(here, 6)
+    save_file, files = RunCopy._save_file, len(content(here))
+    found = []
+    for cut in range(files + 1):
+        left = cut
+
+        def save_some(copy: RunCopy, folder: Path, name: str) -> None:
+            nonlocal left
+            if left == 0:
+                raise OSError("the network is gone")
+            left -= 1
+            save_file(copy, folder, name)
+
+        monkeypatch.setattr(RunCopy, "_save_file", save_some)
+        copy = RunCopy(storage, "one")
+        copy.open(here)
+        if cut < files:
+            with pytest.raises(StorageError, match="the network is gone"):
+                copy.save(here)
+        else:
+            copy.save(here)
+        RunCopy(storage, "one").open(tmp_path / f"there-{cut}")
+        whole = last_whole_checkpoint(tmp_path / f"there-{cut}" / "checkpoints")
+        assert whole is not None
+        found.append(whole[0])
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (2, 5)
+
+
+def test_a_folder_that_is_behind_its_copy_is_refused(storage: str, tmp_path: Path) -> None:
+    with kept(make_run(tmp_path / "ahead", 6), storage, "one"):
+        pass
+    behind = make_run(tmp_path / "behind", 3)
+    before = content(behind)
+    with pytest.raises(ConfigError, match=r"has come to step 6 and that in .* to step 3; remove"):
+        RunCopy(storage, "one").open(behind)
+    assert content(behind) == before
+
+
+def test_a_copy_in_use_on_another_host_is_refused_until_its_user_is_silent(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunCopy(storage, "one").open(make_run(tmp_path / "here", 3))
+    RunCopy(storage, "one").open(tmp_path / "here")  # the same host: a command that was killed and started again
+    monkeypatch.setattr(run_copy.socket, "gethostname", lambda: "another")
+    with pytest.raises(ConfigError, match=r"is in use by process \d+ on .*; if that was killed, try again in \d+ s"):
+        RunCopy(storage, "one").open(tmp_path / "there")
+    now = time.time()
+    monkeypatch.setattr(run_copy.time, "time", lambda: now + LEASE_S + 1)
+    RunCopy(storage, "one").open(tmp_path / "there")
+
+
+def test_a_release_lets_others_in_at_once(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with kept(make_run(tmp_path / "here", 3), storage, "one"):
+        pass
+    monkeypatch.setattr(run_copy.socket, "gethostname", lambda: "another")
+    RunCopy(storage, "one").open(tmp_path / "there")
+    assert (tmp_path / "there" / "config.yaml").exists()
+
+
+def test_failures_on_the_way_are_logged_and_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, store = make_run(tmp_path / "here", 3), tmp_path / "store"
+    monkeypatch.setattr(run_copy, "SAVE_EVERY_S", 0.05)
+    monkeypatch.setattr(logging.getLogger("detox_ray"), "propagate", True)
+    store.write_text("a file, where a folder is needed")
+    with kept(here, f"file://{store}", "one"):
+        deadline = time.monotonic() + 20
+        while "cannot be written" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        store.unlink()
+    assert json.loads((store / "one" / "checkpoints" / "checkpoint_3" / "manifest.json").read_text())["step"] == 2
+
+
+def test_what_cannot_be_opened_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"storage='nowhere://x' is no address .* give one such as s3://"):
+        RunCopy("nowhere://x", "one")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        RunCopy(f"file://{tmp_path / 'file'}", "one").open(tmp_path / "here")
