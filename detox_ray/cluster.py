@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ OBJECT_STORE_BYTES = 512 * 2**20
 CONNECT_TIMEOUT_S = 10.0
 # What each node must answer before anything is placed on it; starting a worker process takes seconds.
 NODE_TIMEOUT_S = 60.0
+NODE_POLL_S = 5.0
 
 
 def local_capacity(config: RayConfig) -> Capacity:
@@ -51,6 +54,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
     Raises:
         ConfigError: the address does not answer, Ray there is another version, has less than the run needs, or has
             nodes that do not see the run's folder.
+        NodeDiedError: Ray's, see `interrupted_without_node`.
     """
     import ray
 
@@ -86,9 +90,46 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         check_nodes_see(logs.parent)
         found = ray.get_runtime_context()
         link_logs(logs, Path(found.get_temp_dir()) / found.get_session_name() / "logs")
-        yield
+        with interrupted_without_node(found.get_node_id()):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def interrupted_without_node(node: str) -> Iterator[None]:
+    """End the block when the node that this process is on has died: what asks a lost actor then would wait for ever.
+
+    Only in the main thread, which alone can be interrupted.
+
+    Raises:
+        NodeDiedError: Ray's, at the latest a minute after the node died.
+    """
+    import ray
+    from ray.exceptions import NodeDiedError
+
+    ended, lost = threading.Event(), threading.Event()
+    main = threading.main_thread().ident
+
+    def watch() -> None:
+        while not ended.wait(NODE_POLL_S):
+            with suppress(Exception):  # whoever keeps the list of nodes may be busy, or about to be lost too
+                if any(found["NodeID"] == node and not found["Alive"] for found in ray.nodes()):
+                    lost.set()
+            if lost.is_set() and main is not None:
+                signal.pthread_kill(main, signal.SIGINT)  # and again, should cleaning up wait for ever too
+
+    if threading.current_thread() is threading.main_thread():
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+        ended.set()
+        raise NodeDiedError("the node of this process died") from None
+    finally:
+        ended.set()
 
 
 def check_nodes_see(folder: Path) -> None:
