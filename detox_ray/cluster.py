@@ -21,6 +21,7 @@ CONNECT_TIMEOUT_S = 10.0
 # What each node must answer before anything is placed on it; starting a worker process takes seconds.
 NODE_TIMEOUT_S = 60.0
 NODE_POLL_S = 5.0
+INTERRUPT = signal.SIGUSR2  # not SIGINT, which a command in the background of a script ignores
 
 
 def local_capacity(config: RayConfig) -> Capacity:
@@ -108,28 +109,38 @@ def interrupted_without_node(node: str) -> Iterator[None]:
     import ray
     from ray.exceptions import NodeDiedError
 
-    ended, lost = threading.Event(), threading.Event()
-    main = threading.main_thread().ident
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ended, main, lost = threading.Event(), threading.get_ident(), threading.Event()
+
+    def is_lost() -> bool:
+        with suppress(Exception):  # whoever keeps the list of nodes may be busy, or about to be lost too
+            return any(found["NodeID"] == node and not found["Alive"] for found in ray.nodes())
+        return False
 
     def watch() -> None:
         while not ended.wait(NODE_POLL_S):
-            with suppress(Exception):  # whoever keeps the list of nodes may be busy, or about to be lost too
-                if any(found["NodeID"] == node and not found["Alive"] for found in ray.nodes()):
-                    lost.set()
-            if lost.is_set() and main is not None:
-                signal.pthread_kill(main, signal.SIGINT)  # and again, should cleaning up wait for ever too
+            if is_lost():
+                lost.set()
+                signal.pthread_kill(main, INTERRUPT)  # and again, should cleaning up wait for ever too
 
-    if threading.current_thread() is threading.main_thread():
-        threading.Thread(target=watch, daemon=True).start()
+    def interrupt(*_: object) -> None:
+        if not ended.is_set():
+            raise KeyboardInterrupt  # the one exception that gets out of Ray's own waiting
+
+    before = signal.signal(INTERRUPT, interrupt)
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     except KeyboardInterrupt:
-        if not lost.is_set():
-            raise
         ended.set()
-        raise NodeDiedError("the node of this process died") from None
+        if lost.is_set():
+            raise NodeDiedError("the node of this process died") from None
+        raise
     finally:
         ended.set()
+        signal.signal(INTERRUPT, before)
 
 
 def check_nodes_see(folder: Path) -> None:

@@ -161,6 +161,11 @@ class RolloutConfig(Section):
     workers: int = Field(1, ge=1, description="rollout actors")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one worker")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one worker")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="devices of a node that hold a worker's model together (vLLM): for one that fits no device",
+    )
     resources: CustomResources = Field({}, description="custom Ray resources of one worker: the nodes it may be on")
     samples_per_prompt: int = Field(1, ge=1, description="responses to each prompt of a batch")
     max_new_tokens: int = Field(20, ge=1, description="longest response, in tokens")
@@ -185,6 +190,15 @@ class RolloutConfig(Section):
     kv_cache_mib: int = Field(256, ge=16, description="memory of the vLLM engine's key-value cache, MiB")
     timeout_s: float = Field(600.0, gt=0, description="a worker that does not answer for this long is replaced")
     start_timeout_s: float = Field(1800.0, gt=0, description="longest an engine may take to start")
+
+    @model_validator(mode="after")
+    def _every_part_has_a_device(self) -> "RolloutConfig":
+        if self.tensor_parallel > 1 and self.num_gpus not in (0, self.tensor_parallel):
+            raise ValueError(
+                f"rollout.tensor_parallel={self.tensor_parallel} needs rollout.num_gpus={self.tensor_parallel} "
+                f"(or 0, on CPUs), not {self.num_gpus:g}"
+            )
+        return self
 
 
 class ExtraTerm(Section):

@@ -181,9 +181,15 @@ def _rollout_worker(config: Config, shape: Skeleton) -> Role:
         "cache": cache,
         "process": CUDA_BYTES if rollout.num_gpus > 0 else PROCESS_BYTES[engine],
     }
+    parts = rollout.tensor_parallel
+    if rollout.num_gpus > 0:
+        # Of one GPU: each has its part of the weights, and a cache of its own.
+        purposes |= {"weights": purposes["weights"] / parts, "trained": purposes["trained"] / parts}
+    else:
+        purposes |= {"cache": cache * parts, "process": purposes["process"] * (parts + (parts > 1))}
     if rollout.num_gpus == 0 and sync == "merged":
-        # A push starts from pristine weights, which the worker keeps beside the served ones.
-        purposes["weights"] *= 2
+        # A push starts from pristine weights, which every process keeps beside the served ones.
+        purposes["weights"] *= 1 + parts
     return Role("rollout worker", rollout.workers, rollout.num_gpus, purposes)
 
 

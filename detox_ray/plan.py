@@ -123,6 +123,12 @@ def plan_engine(
             f"data.max_tokens={max_prompt_tokens} + rollout.max_new_tokens={rollout.max_new_tokens} + 1 exceeds "
             f"the {limit} positions of {policy.model}; lower one of them"
         )
+    heads = getattr(model_config, "num_attention_heads", 1)
+    if heads % rollout.tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {heads} attention heads of "
+            f"{policy.model}; choose a number that does"
+        )
     spec = EngineSpec(
         kind=kind,
         sync=sync,
@@ -137,6 +143,7 @@ def plan_engine(
         kv_cache_mib=rollout.kv_cache_mib,
         device="cuda" if rollout.num_gpus > 0 else "cpu",
         bitsandbytes=rollout.base == "bitsandbytes",
+        tensor_parallel=rollout.tensor_parallel,
     )
     return spec, f"rollout engine: {kind}, adapters {'merged' if sync == 'merged' else 'as LoRA'} ({reason})"
 

@@ -119,6 +119,20 @@ def test_prompts_that_do_not_fit_the_model(refused: Refused) -> None:
     assert "512 positions" in refused("data.max_tokens=600")
 
 
+def test_parts_of_a_model_that_do_not_come_out_even(refused: Refused) -> None:
+    assert "rollout.tensor_parallel=3 does not divide the 2 attention heads" in refused("rollout.tensor_parallel=3")
+    assert "needs rollout.num_gpus=2 (or 0, on CPUs), not 1" in refused(
+        "rollout.tensor_parallel=2", "rollout.num_gpus=1"
+    )
+    assert "rollout.tensor_parallel=2 needs the vllm engine" in refused(
+        "rollout.tensor_parallel=2", "rollout.engine=transformers"
+    )
+
+
+def test_storage(refused: Refused) -> None:
+    assert "storage='nowhere://x' is no address that pyarrow or fsspec can open" in refused("storage=nowhere://x")
+
+
 def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:
     nowhere = ("rollout.engine=transformers", "ray.address=127.0.0.1:1")
     refused(*nowhere)

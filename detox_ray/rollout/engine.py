@@ -28,7 +28,8 @@ class EngineSpec:
     """All an engine needs to start, small enough to send.
 
     `model` is a folder or hub id of unquantised weights (or of what vLLM quantises itself), `max_length` the longest
-    prompt + response in tokens, `end_ids` the tokens that end a response.
+    prompt + response in tokens, `end_ids` the tokens that end a response, `tensor_parallel` over how many devices the
+    model is spread.
     """
 
     kind: Kind
@@ -44,6 +45,7 @@ class EngineSpec:
     kv_cache_mib: int
     device: Literal["cpu", "cuda"] = "cpu"
     bitsandbytes: bool = False
+    tensor_parallel: int = 1
 
 
 class RolloutEngine(Protocol):
@@ -89,8 +91,12 @@ def choose_engine(config: RolloutConfig, architecture: str) -> tuple[Kind, Sync,
     if config.engine == "vllm" and vllm is not None:
         raise ConfigError(f"rollout.engine=vllm: {vllm}; {_remedy(vllm)} set rollout.engine=transformers")
     if config.engine == "transformers" or vllm is not None:
-        if config.sync == "merged" or config.base == "bitsandbytes":
-            value = "sync=merged" if config.sync == "merged" else "base=bitsandbytes"
+        vllm_only = {
+            "sync=merged": config.sync == "merged",
+            "base=bitsandbytes": config.base == "bitsandbytes",
+            f"tensor_parallel={config.tensor_parallel}": config.tensor_parallel > 1,
+        }
+        for value in [value for value, is_set in vllm_only.items() if is_set]:
             raise ConfigError(f"rollout.{value} needs the vllm engine, and the engine is transformers; leave it out")
         return "transformers", "adapter", vllm or "engine: transformers was asked for"
     if config.base == "bitsandbytes":

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class VllmEngine:
 
     `adapter`: every version is a LoRA of its own name, id and path, so no cached block serves another version.
     `merged`: the weights are reloaded from the pristine ones plus the adapter and the prefix cache is emptied.
+
+    With `tensor_parallel` above 1 the model lives in as many processes of its own, each with its part of every weight.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -40,8 +43,11 @@ class VllmEngine:
         self._spec = spec
         self._lora: LoRARequest | None = None
         self._scratch = Path(tempfile.mkdtemp(prefix="detox_ray-adapter-")) if spec.sync == "adapter" else Path()
-        self._pristine = load_pristine_weights(spec.model, spec.revision) if spec.sync == "merged" else {}
         options: dict[str, Any] = {"dtype": spec.dtype}
+        if spec.tensor_parallel > 1:
+            # Not Ray's executor, which vLLM takes inside an actor: this actor has the devices already.
+            options |= {"tensor_parallel_size": spec.tensor_parallel, "distributed_executor_backend": "mp"}
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if spec.sync == "adapter":
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_bucket(spec.lora_rank)}
         if spec.bitsandbytes:
@@ -58,12 +64,14 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             **options,
         )
+        if spec.sync == "merged":
+            self._on_every_part(_keep_pristine_weights, spec.model, spec.revision)
         self._tokenizer: Any = self._llm.get_tokenizer()
 
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
-        # The engine samples from this process's generator: the same call on the same engine gives the same responses.
-        torch.manual_seed(sampling.seed)
+        # The engine samples from its processes' generators: the same call on the same engine gives the same responses.
+        self._on_every_part(_seed, sampling.seed)
         params = SamplingParams(
             n=samples,
             temperature=sampling.temperature,
@@ -103,7 +111,7 @@ class VllmEngine:
     def apply(self, adapter: Adapter) -> None:
         """See `RolloutEngine.apply`."""
         if self._spec.sync == "merged":
-            self._llm.collective_rpc(_reload_weights, args=(merged_weights(self._pristine, adapter),))
+            self._on_every_part(_serve_merged, adapter)
             self._llm.reset_prefix_cache()
         else:
             folder = self._scratch / f"v{adapter.version}"
@@ -124,11 +132,37 @@ class VllmEngine:
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
         requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
-        return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+        with self._ending_without_a_part():
+            return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+
+    def _on_every_part(self, function: Any, *arguments: Any) -> None:
+        with self._ending_without_a_part():
+            self._llm.collective_rpc(function, args=arguments)
+
+    @contextmanager
+    def _ending_without_a_part(self) -> Iterator[None]:
+        """Where a process with a part of the model has died, end this one too: Ray starts the worker anew."""
+        try:
+            yield
+        except RuntimeError:
+            if self._spec.tensor_parallel > 1 and self._llm.llm_engine.model_executor.is_failed:
+                os._exit(1)
+            raise
 
 
-def _reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    worker.model_runner.reload_weights(weights_iterator=weights)
+# What follows runs in every process that holds a part of the model, with vLLM's worker there.
+
+
+def _keep_pristine_weights(worker: Any, model: str, revision: str | None) -> None:
+    worker.pristine = load_pristine_weights(model, revision)
+
+
+def _serve_merged(worker: Any, adapter: Adapter) -> None:
+    worker.model_runner.reload_weights(weights_iterator=merged_weights(worker.pristine, adapter))
+
+
+def _seed(_: Any, seed: int) -> None:
+    torch.manual_seed(seed)
 
 
 def _lora_rank_bucket(rank: int) -> int:

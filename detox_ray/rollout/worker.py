@@ -66,7 +66,7 @@ class RolloutWorker:
 def start_workers(spec: EngineSpec, config: RolloutConfig) -> list[Any]:
     """Start `config.workers` actors without waiting for their engines; each restarts by itself if its process dies."""
     environment = {
-        "OMP_NUM_THREADS": str(max(1, int(config.num_cpus))),
+        "OMP_NUM_THREADS": str(max(1, int(config.num_cpus) // config.tensor_parallel)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }

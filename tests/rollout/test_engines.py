@@ -31,7 +31,13 @@ from detox_ray.run_folder import RunFolder
 pytestmark = pytest.mark.e2e
 TOLERANCE = 1e-4
 PUSHES = 3
-ENGINES = [("vllm", "merged"), ("vllm", "adapter"), ("transformers", "adapter")]
+ENGINES = [
+    ("vllm", "merged", 1),
+    ("vllm", "adapter", 1),
+    ("vllm", "merged", 2),
+    ("vllm", "adapter", 2),
+    ("transformers", "adapter", 1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +51,13 @@ def base(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_dequantized_base(PolicyConfig(model=tiny_model), folder, torch.device("cpu"), torch.float32))
 
 
-@pytest.fixture(scope="module", params=ENGINES, ids=lambda p: "-".join(p))
+@pytest.fixture(scope="module", params=ENGINES, ids=lambda p: "-".join(map(str, p)))
 def worker(request: pytest.FixtureRequest, base: str, local_ray: Path) -> Any:
-    kind, sync = request.param
+    kind, sync, parts = request.param
     if kind == "vllm" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    spec = EngineSpec(kind, sync, base, None, "float32", 384, (0,), 1, 4, 8, 64)
-    workers = start_workers(spec, RolloutConfig(num_cpus=0.5))
+    spec = EngineSpec(kind, sync, base, None, "float32", 384, (0,), 1, 4, 8, 64, tensor_parallel=parts)
+    workers = start_workers(spec, RolloutConfig(num_cpus=0.5, tensor_parallel=parts))
     yield workers[0]
     stop_workers(workers)
 
