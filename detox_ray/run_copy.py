@@ -34,8 +34,13 @@ class RunCopy:
 
     def __init__(self, storage: str, name: str) -> None:
         """Raises:
-        ConfigError: `storage` is no address of a file system that can be opened here.
+        ConfigError: `storage` is no address of a file system that can be opened here, or holds a key.
         """
+        if "@" in storage.partition("://")[2].partition("/")[0]:
+            raise ConfigError(
+                "storage holds a key, which would stand in config.yaml; give it in the environment instead, such as "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         self.address = f"{storage.rstrip('/')}/{name}"
         self._files, root = _file_system(storage)
         self._root = f"{root.rstrip('/')}/{name}"

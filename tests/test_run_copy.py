@@ -156,6 +156,9 @@ def test_failures_on_the_way_are_logged_and_made_up_for(
 def test_what_cannot_be_opened_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"storage='nowhere://x' is no address .* give one such as s3://"):
         RunCopy("nowhere://x", "one")
+    with pytest.raises(ConfigError, match=r"^storage holds a key, .* in the environment") as refused:
+        RunCopy("s3://name:secret@bucket/runs", "one")
+    assert "secret@" not in str(refused.value)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used"):
         RunCopy(f"file://{tmp_path / 'file'}", "one").open(tmp_path / "here")
