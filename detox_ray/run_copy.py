@@ -36,7 +36,7 @@ class RunCopy:
         """Raises:
         ConfigError: `storage` is no address of a file system that can be opened here, or holds a key.
         """
-        if "@" in storage.partition("://")[2].partition("/")[0]:
+        if re.match(r"[^/]+://[^/@]*:[^/@]*@", storage):
             raise ConfigError(
                 "storage holds a key, which would stand in config.yaml; give it in the environment instead, such as "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
