@@ -214,14 +214,16 @@ def check_cluster_answers(config: RayConfig) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(_no_answer(address, error.strerror or str(error))) from None
-    if "RAY_USE_TLS" in os.environ:
-        return
     import grpc
+    from ray._private.grpc_utils import init_grpc_channel
 
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+    with init_grpc_channel(f"{host}:{port}") as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
-            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
-        except grpc.FutureTimeoutError:
+            ask(b"", timeout=CONNECT_TIMEOUT_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise ConfigError(_refusal(address, "InvalidAuthToken")) from None
             raise ConfigError(_no_answer(address, "something else than Ray listens there")) from None
 
 
@@ -229,7 +231,8 @@ def _refusal(address: str, reason: str) -> str:
     """Why `ray.init` did not connect, in one line."""
     if "Version mismatch" in reason:
         versions = [line.strip() for line in reason.splitlines() if "Ray: " in line or "Python: " in line]
-        return f"ray.address={address} is another Ray or Python than this one; use the cluster's: {', '.join(versions)}"
+        theirs, ours = ", ".join(versions[:2]), ", ".join(versions[2:])
+        return f"ray.address={address} runs {theirs}, and this process has {ours}; use the cluster's"
     if "InvalidAuthToken" in reason:
         return (
             f"ray.address={address} refuses this process's token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the "

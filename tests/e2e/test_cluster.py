@@ -143,6 +143,13 @@ def test_two_jobs_at_once_and_one_of_them_stopped(on_cluster: Command, tmp_path:
     assert on_cluster(sys.executable, "-c", BYSTANDER).returncode == 0
     before = state_of(on_cluster)
 
+    stranger = ["env", f"RAY_AUTH_TOKEN={secrets.token_hex(32)}", "detox-ray", "train", "configs/laptop.yaml"]
+    unknown = on_cluster(*stranger, "name=unknown", f"output_dir={tmp_path}")
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("error: ray.address=127.0.0.1:")
+    assert "refuses this process's token" in unknown.stderr
+    assert len(unknown.stderr.strip().splitlines()) == 1
+
     refused = submit(on_cluster, "passing", *SMALL, wait=True)
     assert refused.returncode == 1
     assert "failed with exit code 2" in refused.stdout + refused.stderr
