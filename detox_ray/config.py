@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from detox_ray.classifier_config import ClassifierConfig, classifier_identity, make_classifier_absolute
 from detox_ray.config_section import CustomResources, Section, absolute_path
+from detox_ray.learner_config import TrainConfig, refuse_sharded_int8
 from detox_ray.ppo_config import PPOConfig
 from detox_ray.tracking_config import TrackingConfig
 
@@ -250,44 +251,6 @@ class RewardConfig(Section):
         return self
 
 
-class LearnerConfig(Section):
-    """What the learner runs on."""
-
-    workers: int = Field(1, ge=1, description="learner processes (data parallel)")
-    num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one learner")
-    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one learner")
-    resources: CustomResources = Field({}, description="custom Ray resources of one learner: the nodes it may be on")
-    threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
-    max_failures: int = Field(3, ge=0, description="learner crashes survived within one command")
-    shard_base: bool = Field(
-        False, description="each learner keeps its part of the frozen base (FSDP): for one that does not fit a device"
-    )
-    timeout_s: float = Field(
-        600.0, gt=0, description="a learner whose process does not answer for this long is replaced"
-    )
-
-    @model_validator(mode="after")
-    def _has_others_to_share_with(self) -> "LearnerConfig":
-        if self.shard_base and self.workers == 1:
-            raise ValueError("train.shard_base=true spreads the base over learners; set train.workers=2 or more")
-        return self
-
-
-def refuse_sharded_int8(policy: PolicyConfig, train: LearnerConfig) -> None:
-    """Raises:
-    ValueError: int8 weights, which bitsandbytes lays out in its own way, are to be spread over learners.
-    """
-    if train.shard_base and policy.quantization == "int8":
-        raise ValueError("train.shard_base=true needs policy.quantization=nf4 or none, not int8")
-
-
-class TrainConfig(LearnerConfig):
-    """How long the learner runs, on what, and how often it saves."""
-
-    total_steps: int = Field(40, ge=1)
-    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
-
-
 class EvaluationConfig(Section):
     """How the run is judged, before and after."""
 
@@ -372,7 +335,7 @@ class Config(RunSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        refuse_sharded_int8(self.policy, self.train)
+        refuse_sharded_int8(self.policy.quantization, self.train)
         judge = self.evaluation.judge
         for classifier in self.reward.classifiers:
             if classifier_identity(classifier) == classifier_identity(judge):

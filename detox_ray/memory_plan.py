@@ -10,8 +10,9 @@ from transformers import AutoModelForSequenceClassification
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.cluster import cluster_address
-from detox_ray.config import Config, LearnerConfig, PolicyConfig, RayConfig
+from detox_ray.config import Config, PolicyConfig, RayConfig
 from detox_ray.errors import ConfigError
+from detox_ray.learner_config import LearnerConfig
 from detox_ray.policy.footprint import (
     Skeleton,
     activation_bytes,

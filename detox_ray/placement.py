@@ -7,8 +7,9 @@ from rich import box
 from rich.table import Table
 
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.config import Config, LearnerConfig, RolloutConfig
+from detox_ray.config import Config, RolloutConfig
 from detox_ray.errors import ConfigError
+from detox_ray.learner_config import LearnerConfig
 
 Resources = dict[str, float]
 ROUNDING = 1e-6

@@ -8,14 +8,13 @@ from pydantic import Field, model_validator
 from detox_ray.config import (
     Config,
     DialogueFormat,
-    LearnerConfig,
     PolicyConfig,
     RunSettings,
     Template,
-    refuse_sharded_int8,
 )
 from detox_ray.config_file import Overrides, parse_section, read_tree
 from detox_ray.config_section import Section, absolute_path
+from detox_ray.learner_config import LearnerConfig, refuse_sharded_int8
 from detox_ray.ppo_config import OptimizerConfig
 
 
@@ -78,7 +77,7 @@ class SFTConfig(RunSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SFTConfig":
-        refuse_sharded_int8(self.policy, self.train)
+        refuse_sharded_int8(self.policy.quantization, self.train)
         return self
 
     def with_absolute_paths(self) -> "SFTConfig":

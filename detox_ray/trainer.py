@@ -17,8 +17,8 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup
 
-from detox_ray.config import LearnerConfig
 from detox_ray.errors import DetoxError
+from detox_ray.learner_config import LearnerConfig
 from detox_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

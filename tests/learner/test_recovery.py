@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.config import Config, PolicyConfig, RewardConfig, TrainConfig
+from detox_ray.config import Config, PolicyConfig, RewardConfig
 from detox_ray.errors import DivergenceError
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.learner.recovery import Recovery, refuse_collapsed
 from detox_ray.learner.train_loop import LearnerTask, healthy_step
+from detox_ray.learner_config import TrainConfig
 from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, STEPS_FILE
 from detox_ray.policy.adapter import Adapter, load_adapter
 from detox_ray.policy.policy import Canary, Policy

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from two_learners import choose_port, join_learners, tune, update
 
-from detox_ray.config import LoraConfig, PolicyConfig, TrainConfig
+from detox_ray.config import LoraConfig, PolicyConfig
+from detox_ray.learner_config import TrainConfig
 from detox_ray.policy.footprint import sharded_weight_bytes, skeleton, weight_bytes
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate

@@ -15,7 +15,7 @@ from detox_ray.config_file import parse_section
 from detox_ray.placement import Capacity, check_placements, placements
 from detox_ray.serving.api_config import ApiConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "deployments" / "kuberay"
 MANIFESTS = [
     (f"{path.stem}-{number}", document)

@@ -1,0 +1,43 @@
+"""What the learners of a run are, and for how long they train."""
+
+from pydantic import Field, model_validator
+
+from detox_ray.config_section import CustomResources, Section
+
+
+class LearnerConfig(Section):
+    """What the learner runs on."""
+
+    workers: int = Field(1, ge=1, description="learner processes (data parallel)")
+    num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one learner")
+    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one learner")
+    resources: CustomResources = Field({}, description="custom Ray resources of one learner: the nodes it may be on")
+    threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
+    max_failures: int = Field(3, ge=0, description="learner crashes survived within one command")
+    shard_base: bool = Field(
+        False, description="each learner keeps its part of the frozen base (FSDP): for one that does not fit a device"
+    )
+    timeout_s: float = Field(
+        600.0, gt=0, description="a learner whose process does not answer for this long is replaced"
+    )
+
+    @model_validator(mode="after")
+    def _has_others_to_share_with(self) -> "LearnerConfig":
+        if self.shard_base and self.workers == 1:
+            raise ValueError("train.shard_base=true spreads the base over learners; set train.workers=2 or more")
+        return self
+
+
+class TrainConfig(LearnerConfig):
+    """How long the learner runs, on what, and how often it saves."""
+
+    total_steps: int = Field(40, ge=1)
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
+
+
+def refuse_sharded_int8(quantization: str, train: LearnerConfig) -> None:
+    """Raises:
+    ValueError: int8 weights, which bitsandbytes lays out in its own way, are to be spread over learners.
+    """
+    if train.shard_base and quantization == "int8":
+        raise ValueError("train.shard_base=true needs policy.quantization=nf4 or none, not int8")
