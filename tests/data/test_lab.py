@@ -133,7 +133,7 @@ class TestResolve:
         ):
             resolve_lab(config)
         with pytest.raises(ConfigError, match="lab:judge"):
-            lab_path("judge")  # type: ignore[arg-type]
+            lab_path("judge")  # type: ignore[arg-type]  # the point of the test
         assert not cache.exists()
 
 

@@ -99,7 +99,7 @@ def test_scores_are_those_of_the_classifiers_called_directly(scored: Any) -> Non
     texts = [row["reply"]["text"] for row in rows]
     kept = [i for i, text in enumerate(texts) if text is not None]
     by_scorer = {}
-    for config in (ClassifierConfig(**lab_transformer()), ClassifierConfig(**LINEAR)):  # type: ignore[arg-type]
+    for config in (ClassifierConfig(**lab_transformer()), ClassifierConfig(**LINEAR)):  # type: ignore[arg-type]  # values of several types
         direct = load_classifier(config, "cpu").toxicity([texts[i][:100_000] for i in kept])
         column = table[f"toxicity/{config.name}"].to_numpy()
         assert np.flatnonzero(np.isnan(column)).tolist() == [3]

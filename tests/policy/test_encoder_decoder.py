@@ -8,41 +8,24 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, MT5Config, T5Config
+from tuned_policies import CPU, assert_rows_close, batch, plain_base, policy_of
 
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.errors import ModelError
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.architecture import language_model_head, response_states
-from detox_ray.policy.load import load_model_config, load_tokenizer, write_dequantized_base
+from detox_ray.policy.load import load_model_config, load_tokenizer
 from detox_ray.policy.policy import Policy, canary_of, check_adapter
-from detox_ray.policy.sequences import Sequences, collate
+from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.systems import Systems
 
 pytestmark = pytest.mark.unit
-CPU = torch.device("cpu")
 START = 1
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["t5", "t5-v1.1"])
 def model(request: pytest.FixtureRequest, save_tiny_t5: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_t5(tmp_path_factory.mktemp("t5"), first=request.param)
-
-
-def policy_of(model: str, quantization: str = "none", **options: Any) -> Policy:
-    config = PolicyConfig(model=model, quantization=quantization, lora=LoraConfig(rank=4, alpha=8), **options)
-    policy = Policy(config, CPU)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.trainable().items():
-            if "lora_B" in name or "value_head" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return policy
-
-
-def batch() -> Sequences:
-    rng = np.random.default_rng(0)
-    lengths = [(3, 5), (40, 1), (1, 12), (150, 9)]
-    return collate([rng.integers(2, 96, p) for p, _ in lengths], [rng.integers(2, 96, r) for _, r in lengths], pad_id=1)
 
 
 def each(sequences: Sequences) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -63,21 +46,12 @@ def logprobs_alone(model: Any, sequences: Sequences) -> list[torch.Tensor]:
     ]
 
 
-def assert_rows_close(found: torch.Tensor, expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
-    for row, values in zip(found, expected, strict=True):
-        assert torch.allclose(row[: len(values)], values, atol=tolerance)
-        assert (row[len(values) :] == 0).all()
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_logprobs_are_those_of_transformers_on_the_dequantised_base(
     model: str, tmp_path: Path, quantization: str
 ) -> None:
     policy = policy_of(model, quantization)
-    folder: str | Path = model
-    if quantization != "none":
-        config = PolicyConfig(model=model, quantization=quantization)
-        folder = write_dequantized_base(config, tmp_path / "base", CPU, torch.float32)
+    folder = plain_base(model, quantization, tmp_path / "base")
     save_adapter(policy.adapter(0), tmp_path / "adapter")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     tuned = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(folder), tmp_path / "adapter").eval()

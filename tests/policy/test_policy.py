@@ -6,34 +6,16 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tuned_policies import CPU, assert_rows_close, batch, plain_base, policy_of
 
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.errors import ModelError
 from detox_ray.policy.adapter import content_digest, load_adapter, save_adapter
 from detox_ray.policy.load import load_tokenizer, write_dequantized_base
 from detox_ray.policy.policy import Policy, canary_of, check_adapter
-from detox_ray.policy.sequences import Sequences, collate
+from detox_ray.policy.sequences import Sequences
 
 pytestmark = pytest.mark.unit
-CPU = torch.device("cpu")
-
-
-def policy_of(model: str, quantization: str = "none", random_adapter: bool = True, **options) -> Policy:
-    config = PolicyConfig(model=model, quantization=quantization, lora=LoraConfig(rank=4, alpha=8), **options)
-    policy = Policy(config, CPU)
-    if random_adapter:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in policy.trainable().items():
-                if "lora_B" in name or "value_head" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return policy
-
-
-def batch() -> Sequences:
-    rng = np.random.default_rng(0)
-    lengths = [(3, 5), (40, 1), (1, 12), (150, 9)]
-    return collate([rng.integers(2, 96, p) for p, _ in lengths], [rng.integers(2, 96, r) for _, r in lengths], pad_id=1)
 
 
 def transformers_logprobs(model, sequences: Sequences) -> list[torch.Tensor]:
@@ -47,21 +29,12 @@ def transformers_logprobs(model, sequences: Sequences) -> list[torch.Tensor]:
     return rows
 
 
-def assert_rows_close(found: torch.Tensor, expected: list[torch.Tensor], tolerance: float = 1e-4) -> None:
-    for row, values in zip(found, expected, strict=True):
-        assert torch.allclose(row[: len(values)], values, atol=tolerance)
-        assert (row[len(values) :] == 0).all()
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_logprobs_equal_those_of_transformers_on_the_dequantised_base(
     tiny_model: str, tmp_path: Path, quantization: str
 ) -> None:
     policy = policy_of(tiny_model, quantization)
-    folder: str | Path = tiny_model
-    if quantization != "none":
-        config = PolicyConfig(model=tiny_model, quantization=quantization)
-        folder = write_dequantized_base(config, tmp_path / "base", CPU, torch.float32)
+    folder = plain_base(tiny_model, quantization, tmp_path / "base")
     save_adapter(policy.adapter(0), tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(folder)
     assert_rows_close(policy(batch(), reference=True).logprobs, transformers_logprobs(base, batch()))

@@ -39,7 +39,7 @@ def start(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def policy_from(start: Path, model: str, reference: str, quantization: str = "none") -> Policy:
     lora = LoraConfig(rank=4)
-    config = PolicyConfig(model=model, quantization=quantization, lora=lora, adapter=str(start), reference=reference)  # type: ignore[arg-type]
+    config = PolicyConfig(model=model, quantization=quantization, lora=lora, adapter=str(start), reference=reference)  # type: ignore[arg-type]  # plain strings
     return Policy(config, CPU)
 
 

@@ -115,7 +115,7 @@ def test_an_answer_ends_with_its_end_token_and_the_others_go_on(tiny_model: str,
 def test_the_nucleus_is_that_of_transformers() -> None:
     torch.manual_seed(0)
     logits = torch.randn(50, 30) * 3
-    kept = TopPLogitsWarper(0.8)(None, logits / 0.7).isfinite()  # type: ignore[arg-type]
+    kept = TopPLogitsWarper(0.8)(None, logits / 0.7).isfinite()  # type: ignore[arg-type]  # it reads no input ids
     # Noise that favours one token as far as can be: it is chosen just where the nucleus has it.
     for token in range(30):
         noise = torch.zeros(30)

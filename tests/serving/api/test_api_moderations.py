@@ -79,6 +79,6 @@ def test_parts_of_one_message_have_one_result(client_of_openai: openai.OpenAI) -
 )
 def test_refusals_are_openais(client_of_openai: openai.OpenAI, given: object, code: str, param: str) -> None:
     with pytest.raises(openai.BadRequestError) as error:
-        client_of_openai.moderations.create(input=given)  # type: ignore[arg-type]
+        client_of_openai.moderations.create(input=given)  # type: ignore[arg-type]  # a union of lists
     assert (error.value.code, error.value.param, error.value.type) == (code, param, "invalid_request_error")
     assert "secret" not in error.value.response.text
