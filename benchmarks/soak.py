@@ -25,6 +25,7 @@ from detox_ray.policy.adapter import load_adapter
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 30  # a stopped process counts as dead after this
+START_TIMEOUT_S = 120  # and this where it was only starting
 # What a process is called, by what it is to the run.
 ROLES = {
     "rollout worker": "RolloutWorker",
@@ -60,7 +61,9 @@ class Soak:
             "train.max_failures": 1000,
             "train.timeout_s": TIMEOUT_S,
             "rollout.timeout_s": TIMEOUT_S,
+            "rollout.start_timeout_s": START_TIMEOUT_S,
             "reward.timeout_s": TIMEOUT_S,
+            "reward.start_timeout_s": START_TIMEOUT_S,
             "reward.retries": 10,
             "reward.calibration_prompts": 32,
             "ppo.batch_size": 32,

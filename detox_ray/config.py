@@ -239,6 +239,11 @@ class RewardConfig(Section):
     )
     retries: int = Field(2, ge=0, description="attempts after a failed call; then the run stops")
     timeout_s: float = Field(120.0, gt=0, description="longest a scoring call may take")
+    start_timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="longest the classifiers may take to start; then they are started anew, `retries` times",
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "RewardConfig":

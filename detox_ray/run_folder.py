@@ -29,7 +29,8 @@ PLACEMENT = (
     "ray.", "tracking.", "output_dir", "name", "storage", "rollout.num_cpus", "rollout.num_gpus", "rollout.resources",
     "rollout.canary_tolerance", "rollout.max_logprob_gap", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.kv_cache_mib", "rollout.tensor_parallel",
-    "reward.timeout_s", "reward.retries", "train.num_cpus", "train.num_gpus", "train.resources",
+    "reward.timeout_s", "reward.start_timeout_s", "reward.retries",
+    "train.num_cpus", "train.num_gpus", "train.resources",
     "train.threads", "train.shard_base", "train.max_failures", "train.timeout_s", "train.checkpoint_every",
 )  # fmt: skip
 CLASSIFIER_PLACEMENT = (

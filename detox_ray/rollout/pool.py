@@ -181,27 +181,29 @@ class WorkerPool:
         raise ModelError(f"rollout worker {index} went down {ATTEMPTS} times while it was restarted; see its log")
 
     def _served_version(self, index: int) -> int:
-        """What a worker serves, as soon as its engine has started.
+        """What a worker serves, as soon as its engine has started; one that hangs in that is killed and starts anew.
 
         Raises:
-            ModelError: the engine cannot start, or not within `rollout.start_timeout_s`.
+            ModelError: the engine cannot start, or in none of `ATTEMPTS` within `rollout.start_timeout_s`.
         """
-        deadline = time.monotonic() + self._config.start_timeout_s
-        while True:
-            try:
-                return ray.get(self._workers[index].version.remote(), timeout=max(0.1, deadline - time.monotonic()))
-            except RayActorError as error:
-                if error.actor_init_failed:
-                    raise ModelError(f"rollout worker {index} does not start: {_last_line(error)}") from None
-                problem = type(error).__name__
-            except GetTimeoutError as error:
-                problem = type(error).__name__
-            if time.monotonic() > deadline:
-                raise ModelError(
-                    f"rollout worker {index} does not start within rollout.start_timeout_s="
-                    f"{self._config.start_timeout_s:g} ({problem}); see ray-logs in the run folder"
-                )
-            time.sleep(POLL_S)
+        for _ in range(ATTEMPTS):
+            deadline = time.monotonic() + self._config.start_timeout_s
+            while time.monotonic() < deadline:
+                try:
+                    return ray.get(self._workers[index].version.remote(), timeout=max(0.1, deadline - time.monotonic()))
+                except RayActorError as error:
+                    if error.actor_init_failed:
+                        raise ModelError(f"rollout worker {index} does not start: {_last_line(error)}") from None
+                    problem = type(error).__name__
+                except GetTimeoutError as error:
+                    problem = type(error).__name__
+                time.sleep(POLL_S)
+            logger.warning("rollout worker %d does not start (%s) and is killed", index, problem)
+            ray.kill(self._workers[index], no_restart=False)
+        raise ModelError(
+            f"rollout worker {index} did not start within rollout.start_timeout_s={self._config.start_timeout_s:g}, "
+            f"{ATTEMPTS} times ({problem}); see ray-logs in the run folder"
+        )
 
     def _submit_push(self, index: int) -> Any:
         assert self._push is not None

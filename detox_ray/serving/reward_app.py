@@ -46,6 +46,10 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 START_TIMEOUT_S = 900.0
 
 
+class NotStartedError(RewardError):
+    """A replica neither starts nor fails: it is loading something large, waits for room, or hangs."""
+
+
 class ClassifierDeployment:
     """One classifier; one call scores one list, and calls take turns (a fast tokenizer is not thread-safe)."""
 
@@ -204,16 +208,23 @@ def deploy_reward_app(config: RewardConfig, app_name: str) -> DeploymentHandle:
 
     Raises:
         ConfigError, ModelError: as `build_reward_app`.
-        RewardError: a replica does not start; the app is deleted again.
+        RewardError: a replica does not start, or not within `reward.start_timeout_s`, also when it is started anew
+            `reward.retries` times; the app is deleted again.
     """
     app = build_reward_app(config)
     serve.start(proxy_location="Disabled", logging_config=QUIET)
-    handle = deploy_in_background(app, app_name, route_prefix=None)
-    try:
-        wait_until_running(app_name)
-    except BaseException:
-        serve.delete(app_name)
-        raise
+    for retries_left in reversed(range(config.retries + 1)):
+        handle = deploy_in_background(app, app_name, route_prefix=None)
+        try:
+            wait_until_running(app_name, config.start_timeout_s)
+            break
+        except NotStartedError:
+            serve.delete(app_name)
+            if not retries_left:
+                raise
+        except BaseException:
+            serve.delete(app_name)
+            raise
     return handle
 
 
@@ -229,13 +240,14 @@ def deploy_in_background(app: serve.Application, app_name: str, route_prefix: st
     return handle
 
 
-def wait_until_running(app_name: str) -> None:
+def wait_until_running(app_name: str, timeout_s: float = START_TIMEOUT_S) -> None:
     """Until every replica is ready.
 
     Raises:
         RewardError: one does not start.
+        NotStartedError: it neither starts nor fails for so long.
     """
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while True:
         app = serve.status().applications.get(app_name)
         if app is not None and app.status == ApplicationStatus.RUNNING:
@@ -244,7 +256,8 @@ def wait_until_running(app_name: str) -> None:
         if failed or time.monotonic() > deadline:
             waiting = {} if app is None else {n: d for n, d in app.deployments.items() if d.status != "HEALTHY"}
             reasons = "; ".join(f"{name}: {_last_line(d.message) or d.status.value}" for name, d in waiting.items())
-            raise RewardError(f"the app {app_name!r} does not start: {reasons or 'no reason given by Serve'}")
+            found = f"the app {app_name!r} does not start: {reasons or 'no reason given by Serve'}"
+            raise RewardError(found) if failed else NotStartedError(f"{found} (waited {timeout_s:g} s)")
         time.sleep(0.1)
 
 
