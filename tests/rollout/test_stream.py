@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from hung_process import stop_when_seen
 
 from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
 from detox_ray.errors import ModelError, SyncError
@@ -208,6 +209,17 @@ def test_an_engine_that_cannot_start_is_one_clear_error(tmp_path: Path, local_ra
     workers = start_workers(spec, config)
     with pytest.raises(ModelError, match="rollout worker 0 does not start: "):
         WorkerPool(workers, config, 1e-3).connect()
+    stop_workers(workers)
+
+
+def test_a_worker_that_hangs_while_it_starts_is_started_anew(tiny_model: str, local_ray: Path) -> None:
+    config = RolloutConfig(num_cpus=0.5, start_timeout_s=12)
+    spec = EngineSpec("transformers", "adapter", tiny_model, None, "float32", 384, (0,), 1, 4, 8, 64)
+    workers = start_workers(spec, config)
+    stopped = stop_when_seen("ray::RolloutWorker")
+    pool = WorkerPool(workers, config, 1e-3)
+    pool.connect()
+    assert ray.get(workers[0].process_id.remote()) != stopped.result().pid
     stop_workers(workers)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from hung_process import stop_when_seen
 from ray import serve
 
 from detox_ray.classifier_config import Calibration, ClassifierConfig
@@ -225,6 +226,14 @@ def test_a_replica_that_cannot_start(tiny_classifier: Path, tmp_path: Path, loca
     with pytest.raises(RewardError, match=r"'broken'"):
         deploy_reward_app(RewardConfig(classifiers=[broken]), "never")
     assert "never" not in serve.status().applications
+
+
+def test_a_classifier_that_hangs_while_it_starts_is_started_anew(deploy: Callable) -> None:
+    stopped = stop_when_seen("ServeReplica:one-test:classifier-rude_words")
+    client = deploy(RewardConfig(classifiers=[linear("rude_words")], start_timeout_s=12))
+    assert len(client.score(TEXTS)) == len(TEXTS)
+    _, left = psutil.wait_procs([stopped.result()], timeout=60)
+    assert not left
 
 
 def test_a_perspective_member_over_two_replicas(deploy: Callable, tmp_path: Path) -> None:

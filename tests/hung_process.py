@@ -1,0 +1,27 @@
+"""A process that is stopped at the moment it appears, as one that hangs while it starts."""
+
+import signal
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import psutil
+
+
+def stop_when_seen(title: str, timeout_s: float = 60) -> Future[psutil.Process]:
+    """Stop the first new process whose title has `title` in it; the result is that process."""
+    known = set(psutil.pids())
+
+    def watch() -> psutil.Process:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for process in psutil.process_iter(["cmdline"]):
+                if process.pid not in known and title in " ".join(process.info["cmdline"] or []):
+                    process.send_signal(signal.SIGSTOP)
+                    return process
+            time.sleep(0.02)
+        raise TimeoutError(f"no process {title!r} appeared")
+
+    executor = ThreadPoolExecutor(1)
+    found = executor.submit(watch)
+    executor.shutdown(wait=False)
+    return found
