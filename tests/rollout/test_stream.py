@@ -213,7 +213,7 @@ def test_an_engine_that_cannot_start_is_one_clear_error(tmp_path: Path, local_ra
 
 
 def test_a_worker_that_hangs_while_it_starts_is_started_anew(tiny_model: str, local_ray: Path) -> None:
-    config = RolloutConfig(num_cpus=0.5, start_timeout_s=12)
+    config = RolloutConfig(num_cpus=0.5, start_timeout_s=30)
     spec = EngineSpec("transformers", "adapter", tiny_model, None, "float32", 384, (0,), 1, 4, 8, 64)
     workers = start_workers(spec, config)
     stopped = stop_when_seen("ray::RolloutWorker")
