@@ -150,22 +150,30 @@ def kept(folder: Path, storage: str | None, name: str) -> Iterator[None]:
         return
     copy, ended = RunCopy(storage, name), threading.Event()
 
+    def save_or_log() -> None:
+        try:
+            copy.save(folder)
+        except StorageError as error:
+            logger.warning("%s", error)
+
     def follow() -> None:
         while not ended.wait(SAVE_EVERY_S):
-            try:
-                copy.save(folder)
-            except StorageError as error:
-                logger.warning("%s", error)
+            save_or_log()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield
-    finally:
+    except BaseException:
         ended.set()
         thread.join()
-        copy.save(folder)
+        save_or_log()  # what ended the block is what its user must hear of
         copy.release()
+        raise
+    ended.set()
+    thread.join()
+    copy.save(folder)
+    copy.release()
 
 
 def _file_system(storage: str) -> tuple[FileSystem, str]:

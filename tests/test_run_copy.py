@@ -153,6 +153,15 @@ def test_failures_on_the_way_are_logged_and_made_up_for(
     assert json.loads((store / "one" / "checkpoints" / "checkpoint_3" / "manifest.json").read_text())["step"] == 2
 
 
+def test_what_ends_a_run_is_not_hidden_by_a_copy_that_fails(tmp_path: Path) -> None:
+    here, store = make_run(tmp_path / "here", 3), tmp_path / "store"
+    store.write_text("a file, where a folder is needed")
+    with pytest.raises(ZeroDivisionError), kept(here, f"file://{store}", "one"):
+        _ = 1 / 0
+    with pytest.raises(StorageError, match="cannot be written"), kept(here, f"file://{store}", "one"):
+        pass
+
+
 def test_what_cannot_be_opened_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"storage='nowhere://x' is no address .* give one such as s3://"):
         RunCopy("nowhere://x", "one")
