@@ -1,5 +1,6 @@
 """A server on loopback that speaks the model hub's protocol for folders, and remembers what it is asked."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,7 +22,8 @@ class Request(NamedTuple):
 class HubServer:
     """Serves repositories at `address` until `stop`: name -> revision -> folder, with `main` among the revisions.
 
-    Those in `private` and `gated` want `token`; the terms of those in `gated` nobody has accepted.
+    Those in `private` and `gated` want `token`; the terms of those in `gated` nobody has accepted. Who has the token
+    can also make repositories and upload, into `uploads`; every file comes as a part of the commit.
     """
 
     def __init__(
@@ -30,8 +32,10 @@ class HubServer:
         token: str,
         private: Collection[str] = (),
         gated: Collection[str] = (),
+        uploads: Path | None = None,
     ) -> None:
-        self.repositories, self.token, self.private, self.gated = repositories, token, private, gated
+        self.repositories, self.token, self.private, self.gated = repositories, token, set(private), gated
+        self.uploads = uploads
         self.requests: list[Request] = []
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.address = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -56,16 +60,23 @@ class HubServer:
             def do_GET(self) -> None:
                 self._answer()
 
+            def do_POST(self) -> None:
+                self._answer()
+
             def _answer(self) -> None:
                 path = unquote(urlsplit(self.path).path)
                 token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
                 hub.requests.append(Request(self.command, path, token))
-                status, headers, body = hub.answer(path, token)
+                given = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.command == "POST":
+                    status, headers, body = hub.take(path, token, given)
+                else:
+                    status, headers, body = hub.answer(path, token)
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                if self.command == "GET":
+                if self.command != "HEAD":
                     self.wfile.write(body)
 
         return Handler
@@ -99,6 +110,34 @@ class HubServer:
             json.dumps({**info, "siblings": [{"rfilename": file} for file in files]}).encode(),
         )
 
+    def take(self, path: str, token: str | None, given: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Make a repository, or take a commit of whole files; status, headers and body."""
+        if token != self.token or self.uploads is None:
+            return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""
+        if path == "/api/repos/create":
+            wanted = json.loads(given)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            if wanted["visibility"] == "private":
+                self.private.add(name)
+            exists = name in self.repositories
+            self.repositories.setdefault(name, {"main": self.uploads / name})
+            return _json(409 if exists else 200, {"url": f"{self.address}/{name}", "id": name})
+        if path == "/api/validate-yaml":
+            return _json(200, {"errors": [], "warnings": []})
+        name, _, action = path.removeprefix("/api/models/").rpartition("/main")[0].rpartition("/")
+        if action == "preupload":
+            files = json.loads(given)["files"]
+            return _json(
+                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        for line in map(json.loads, given.splitlines()):
+            if line["key"] == "file":
+                file = self.repositories[name]["main"] / line["value"]["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(line["value"]["content"]))
+        made = commit(name, "main")
+        return _json(200, {"commitUrl": f"{self.address}/{name}/commit/{made}", "commitOid": made, "hookOutput": ""})
+
 
 def commit(name: str, revision: str) -> str:
     """The commit that a revision of a repository is."""
@@ -111,6 +150,10 @@ def _file(folder: Path, name: str, files: list[str], sha: str) -> tuple[int, dic
         return status, {**headers, "X-Repo-Commit": sha}, body
     body = (folder / name).read_bytes()
     return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": sha}, body
+
+
+def _json(status: int, content: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+    return status, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
 
 def _error(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:

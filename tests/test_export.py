@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hub_server import HubServer
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -144,3 +145,28 @@ def test_a_hub_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: p
         push_to_hub(tmp_path, "someone/model", public=False)
     with pytest.raises(ConfigError, match=r"--push-to-hub not a name"):
         push_to_hub(tmp_path, "not a name", public=False)
+
+
+def test_an_export_is_uploaded_whole_and_private_with_the_token(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with_adapter(tmp_path / "run", tiny_model, "none")
+    exported = export(tmp_path / "run", tmp_path / "out")
+    hub = HubServer({}, "hf_of_a_test", uploads=tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    try:
+        for name, public in (("someone/model", False), ("someone/public", True), ("someone/model", False)):
+            assert push_to_hub(exported, name, public) == f"{hub.address}/{name}"
+            found = {p.relative_to(tmp_path / "hub" / name): p.read_bytes() for p in files_of(tmp_path / "hub" / name)}
+            assert found == {p.relative_to(exported): p.read_bytes() for p in files_of(exported)}
+        assert hub.private == {"someone/model"}
+        monkeypatch.setenv("HF_TOKEN", "hf_of_another")
+        with pytest.raises(ConfigError, match=r"--push-to-hub someone/model: .*set HF_TOKEN to a token that may write"):
+            push_to_hub(exported, "someone/model", public=False)
+    finally:
+        hub.stop()
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
