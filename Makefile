@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/detox-ray train configs/laptop.yaml name=demo
 
-# Whole runs (tests/e2e), beside everything else: they wait more than they compute.
+# Whole runs (tests/e2e) beside everything else: while one waits for its processes the other computes.
 test: $(VENV)/installed
 	@export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest tests/e2e >e2e-tests.log 2>&1 & \

@@ -140,7 +140,7 @@ def interrupted_without_node(node: str) -> Iterator[None]:
         raise
     finally:
         ended.set()
-        signal.signal(INTERRUPT, before)
+        signal.signal(INTERRUPT, before or signal.SIG_DFL)
 
 
 def check_nodes_see(folder: Path) -> None:

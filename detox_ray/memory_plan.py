@@ -187,7 +187,8 @@ def _rollout_worker(config: Config, shape: Skeleton) -> Role:
         # Of one GPU: each has its part of the weights, and a cache of its own.
         purposes |= {"weights": purposes["weights"] / parts, "trained": purposes["trained"] / parts}
     else:
-        purposes |= {"cache": cache * parts, "process": purposes["process"] * (parts + (parts > 1))}
+        processes = 1 if parts == 1 else parts + 1  # the actor's own beside those of the parts
+        purposes |= {"cache": cache * parts, "process": purposes["process"] * processes}
     if rollout.num_gpus == 0 and sync == "merged":
         # A push starts from pristine weights, which every process keeps beside the served ones.
         purposes["weights"] *= 1 + parts

@@ -44,7 +44,7 @@ class RunCopy:
         self.address = f"{storage.rstrip('/')}/{name}"
         self._files, root = _file_system(storage)
         self._root = f"{root.rstrip('/')}/{name}"
-        self._saved: dict[str, tuple[int, int] | None] = {}
+        self._saved: dict[str, tuple[int, int] | None] | None = None
         self._folders: set[str] = set()
 
     def open(self, folder: Path) -> None:
@@ -61,7 +61,6 @@ class RunCopy:
                     f"storage: the run in {self.address} has come to step {there + 1} and that in {folder} to step "
                     f"{here + 1}; remove {folder} to go on from the copy, or choose another name=..."
                 )
-            self._saved = dict.fromkeys(self._listed(), None)
             if there > here:
                 self._fetch(folder)
             self._write_lease()
@@ -76,9 +75,12 @@ class RunCopy:
         """
         try:
             self._write_lease()
+            if self._saved is None:
+                self._saved = dict.fromkeys(self._listed(), None)
             present = _files_of(folder)
             for name in present:
-                self._save_file(folder, name)
+                if (saved := self._save_file(folder, name, self._saved.get(name))) is not None:
+                    self._saved[name] = saved
             for name in self._saved.keys() - set(present):
                 self._files.delete_file(f"{self._root}/{name}")
                 del self._saved[name]
@@ -93,19 +95,20 @@ class RunCopy:
         with suppress(OSError, pyarrow.ArrowException):
             self._files.delete_file(f"{self._root}/{LEASE_FILE}")
 
-    def _save_file(self, folder: Path, name: str) -> None:
+    def _save_file(self, folder: Path, name: str, saved: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Save it if it is not as it was; size and time of what is saved now."""
         try:
             found = (folder / name).stat()
-            if self._saved.get(name) == (found.st_size, found.st_mtime_ns):
-                return
-            with (folder / name).open("rb") as source, self._output(name) as target:
-                shutil.copyfileobj(source, target)
+            now = (found.st_size, found.st_mtime_ns)
+            if now != saved:
+                with (folder / name).open("rb") as source, self._output(name) as target:
+                    shutil.copyfileobj(source, target)
         except FileNotFoundError:
-            return  # replaced or removed meanwhile: the next time tells
-        self._saved[name] = (found.st_size, found.st_mtime_ns)
+            return saved  # replaced or removed meanwhile: the next time tells
+        return now
 
     def _fetch(self, folder: Path) -> None:
-        for name in sorted(self._saved, key=_manifests_last):
+        for name in sorted(self._listed(), key=_manifests_last):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with self._files.open_input_stream(f"{self._root}/{name}") as source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target)
@@ -124,7 +127,8 @@ class RunCopy:
 
     def _write_lease(self) -> None:
         with self._output(LEASE_FILE) as file:
-            file.write(json.dumps({**_whose(), "time": time.time()}).encode())
+            lease = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+            file.write(json.dumps(lease).encode())
 
     def _refuse_in_use(self) -> None:
         lease = _read_json(self._files, f"{self._root}/{LEASE_FILE}")
@@ -177,11 +181,16 @@ def kept(folder: Path, storage: str | None, name: str) -> Iterator[None]:
 
 
 def _file_system(storage: str) -> tuple[FileSystem, str]:
-    """A file system of pyarrow's or, where it knows none, of fsspec's, and the path in it."""
+    """The file system and the path in it: one of pyarrow's or, where it knows none of that kind, of fsspec's."""
     try:
         return FileSystem.from_uri(storage)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError):
-        pass
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
+        return _fsspec_file_system(storage)
+    except OSError as error:
+        raise ConfigError(f"storage={storage!r} cannot be reached ({_first_line(error)})") from None
+
+
+def _fsspec_file_system(storage: str) -> tuple[FileSystem, str]:
     try:
         found, path = fsspec.core.url_to_fs(storage)
     except (ValueError, ImportError, OSError) as error:
@@ -217,10 +226,6 @@ def _files_of(folder: Path) -> list[str]:
 
 def _manifests_last(name: str) -> tuple[bool, str]:
     return name.endswith(MANIFEST_FILE), name
-
-
-def _whose() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def _first_line(error: Exception) -> str:

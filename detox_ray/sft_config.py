@@ -5,13 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from detox_ray.config import (
-    Config,
-    DialogueFormat,
-    PolicyConfig,
-    RunSettings,
-    Template,
-)
+from detox_ray.config import Config, DialogueFormat, PolicyConfig, RunSettings, Template
 from detox_ray.config_file import Overrides, parse_section, read_tree
 from detox_ray.config_section import Section, absolute_path
 from detox_ray.learner_config import LearnerConfig, refuse_sharded_int8

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -64,9 +65,8 @@ def test_what_a_run_removes_is_removed_and_what_it_changes_is_changed(storage: s
         pass
     (here / "checkpoints" / "checkpoint_3").rename(tmp_path / "gone")
     make_run(here, 6)
-    copy = RunCopy(storage, "one")
-    copy.open(here)  # as a command that was started again does
-    copy.save(here)
+    with kept(here, storage, "one"):
+        pass
     RunCopy(storage, "one").open(tmp_path / "there")
     assert content(tmp_path / "there") == content(here)
 
@@ -83,12 +83,12 @@ def test_a_checkpoint_is_whole_in_the_copy_last(storage: str, tmp_path: Path, mo
     for cut in range(files + 1):
         left = cut
 
-        def save_some(copy: RunCopy, folder: Path, name: str) -> None:
+        def save_some(copy: RunCopy, folder: Path, name: str, saved: Any) -> Any:
             nonlocal left
             if left == 0:
                 raise OSError("the network is gone")
             left -= 1
-            save_file(copy, folder, name)
+            return save_file(copy, folder, name, saved)
 
         monkeypatch.setattr(RunCopy, "_save_file", save_some)
         copy = RunCopy(storage, "one")
@@ -104,6 +104,18 @@ def test_a_checkpoint_is_whole_in_the_copy_last(storage: str, tmp_path: Path, mo
         found.append(whole[0])
     assert found == sorted(found)
     assert (found[0], found[-1]) == (2, 5)
+
+
+def test_a_file_that_goes_away_while_it_is_copied(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, copy, names = make_run(tmp_path / "here", 3), RunCopy(storage, "one"), run_copy._files_of
+    monkeypatch.setattr(run_copy, "_files_of", lambda folder: [*names(folder), "gone.txt"])
+    copy.save(here)
+    monkeypatch.undo()
+    copy.save(here)
+    RunCopy(storage, "one").open(tmp_path / "there")
+    assert content(tmp_path / "there") == content(here)
 
 
 def test_a_folder_that_is_behind_its_copy_is_refused(storage: str, tmp_path: Path) -> None:

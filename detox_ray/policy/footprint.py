@@ -100,7 +100,7 @@ def sharded_weight_bytes(shape: Skeleton, quantization: str, double_quantization
         for block in transformer_blocks(shape.base)
     ]
     whole = weight_bytes(shape, quantization, double_quantization)
-    return whole - sum(blocks) * (1 - 1 / learners) + max(blocks)
+    return whole - sum(blocks) * (1 - 1 / learners) + max(blocks, default=0.0)
 
 
 def dequantization_bytes(shape: Skeleton) -> float:

@@ -91,13 +91,10 @@ def choose_engine(config: RolloutConfig, architecture: str) -> tuple[Kind, Sync,
     if config.engine == "vllm" and vllm is not None:
         raise ConfigError(f"rollout.engine=vllm: {vllm}; {_remedy(vllm)} set rollout.engine=transformers")
     if config.engine == "transformers" or vllm is not None:
-        vllm_only = {
-            "sync=merged": config.sync == "merged",
-            "base=bitsandbytes": config.base == "bitsandbytes",
-            f"tensor_parallel={config.tensor_parallel}": config.tensor_parallel > 1,
-        }
-        for value in [value for value, is_set in vllm_only.items() if is_set]:
-            raise ConfigError(f"rollout.{value} needs the vllm engine, and the engine is transformers; leave it out")
+        ours = {"sync": ("auto", "adapter"), "base": ("dequantized", "original"), "tensor_parallel": (1,)}
+        alien = [f"{key}={value}" for key, values in ours.items() if (value := getattr(config, key)) not in values]
+        if alien:
+            raise ConfigError(f"rollout.{alien[0]} needs the vllm engine, and the engine is transformers; leave it out")
         return "transformers", "adapter", vllm or "engine: transformers was asked for"
     if config.base == "bitsandbytes":
         if config.sync == "merged":
