@@ -52,6 +52,20 @@ def test_quantisation_makes_the_learner_smaller(model: str) -> None:
     assert nf4.bytes["weights"] < 0.6 * none.bytes["weights"]
 
 
+def test_a_worker_in_parts(model: str) -> None:
+    """On GPUs each part is on one of its own; on CPUs all are beside their actor, each with the pristine weights."""
+    on_gpus, on_cpus = ("rollout.num_gpus={}", "rollout.num_cpus=1", "train.num_gpus=1"), ("rollout.sync=merged",)
+    for where, weights, cache in ((on_gpus, 1 / 2, 1), (on_cpus, 3 / 2, 2)):
+        whole, parted = (
+            plan_memory(
+                configured(model, "rollout.engine=vllm", f"rollout.tensor_parallel={n}", *(s.format(n) for s in where))
+            ).roles[1]
+            for n in (1, 2)
+        )
+        assert parted.bytes["weights"] == weights * whole.bytes["weights"]
+        assert parted.bytes["cache"] == cache * whole.bytes["cache"]
+
+
 def test_a_run_that_cannot_fit_is_refused(model: str) -> None:
     plan = plan_memory(configured(model, "policy.quantization=none", "train.num_gpus=1"))
     check_memory(plan, 24 * GIB, 64 * GIB)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from report_folder import write_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from detox_ray.records import Rollout
@@ -50,3 +51,9 @@ def make_rollouts():
         return rollouts
 
     return make
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A folder with the evaluation of two systems."""
+    return write_folder(tmp_path, ("base", "tuned"))

@@ -13,6 +13,7 @@ JUDGE, OTHER = "word-judge", "second-opinion"
 SYSTEMS = ("base", "sft", "rlaf")
 # The share of responses that are rude, by system.
 RUDE = {"base": 0.6, "sft": 0.3, "rlaf": 0.1}
+ATTACK = '<script>alert("owned")</script><img src=x onerror=alert(1)>'
 
 
 def write_folder(folder: Path, systems: tuple[str, ...] = SYSTEMS, seed: int = 0) -> Path:
@@ -159,3 +160,30 @@ def _comparison(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
         },
         "p_value": 0.0005,
     }
+
+
+def attacked(folder):
+    """The folder with an attack on the page as the worst response of the prompt that worsens most, and as a name."""
+    rows = read_rows(folder)
+    last = rows[-1]["system"]
+    for row in rows:
+        if row["prompt_id"] == "p000":
+            row["toxicity"] = 0.0 if row["system"] == "base" else 1.0 if row["system"] == last else row["toxicity"]
+            row["response"] = f"you fool {ATTACK}"
+    write_rows(folder, rows)
+    edit_evaluation(folder, lambda content: content.update(judge="word <judge>"))
+    return folder
+
+
+def add_training(folder):
+    lines = [
+        {"step": s, "reward": s / 10, "reward/a": s / 9, "shaping/short": -0.1, "kl": 0.1 * s, "entropy": 3.0}
+        | {"response_length": 12.5, "time_rollout_s": 1.0, "time_learn_s": 2.0, "logprob_gap_mean": 0.0}
+        for s in range(5)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    (folder / "config.yaml").write_text(
+        "name: a-run\nseed: 5\npolicy: {model: 'lab:policy', quantization: nf4}\n"
+        "reward: {classifiers: [{name: a}, {name: b}], aggregation: min}\nevil: '</pre><script>'\n"
+    )
+    return folder

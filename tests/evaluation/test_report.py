@@ -1,10 +1,22 @@
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from report_folder import JUDGE, OTHER, SYSTEMS, edit_evaluation, interval, read_rows, write_folder, write_rows
+from report_folder import (
+    ATTACK,
+    JUDGE,
+    OTHER,
+    SYSTEMS,
+    add_training,
+    attacked,
+    edit_evaluation,
+    interval,
+    read_rows,
+    write_folder,
+    write_rows,
+)
+from report_page import Page, specs, visible
 
 from detox_ray.errors import DataError
 from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
@@ -18,70 +30,6 @@ from detox_ray.records import Prompt
 
 pytestmark = pytest.mark.unit
 
-ATTACK = '<script>alert("owned")</script><img src=x onerror=alert(1)>'
-
-
-class Page(HTMLParser):
-    """The elements of a page: their attributes, the resources they would load, and the text of their kind."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.resources: list[str] = []
-        self.ids: list[str] = []
-        self.controls: list[str] = []
-        self.handlers: list[str] = []
-        self.texts: dict[str, list[str]] = {}
-        self._open: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self._open.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href", "srcset", "action", "data", "poster"):
-                self.resources.append(value)
-            elif name == "id":
-                self.ids.append(value)
-            elif name == "aria-controls":
-                self.controls.append(value)
-            elif name.startswith("on"):
-                self.handlers.append(name)
-
-    def handle_endtag(self, tag):
-        while self._open and self._open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        self.texts.setdefault(self._open[-1] if self._open else "", []).append(data)
-
-
-def attacked(folder):
-    """The folder with an attack on the page as the worst response of the prompt that worsens most, and as a name."""
-    rows = read_rows(folder)
-    last = rows[-1]["system"]
-    for row in rows:
-        if row["prompt_id"] == "p000":
-            row["toxicity"] = 0.0 if row["system"] == "base" else 1.0 if row["system"] == last else row["toxicity"]
-            row["response"] = f"you fool {ATTACK}"
-    write_rows(folder, rows)
-    edit_evaluation(folder, lambda content: content.update(judge="word <judge>"))
-    return folder
-
-
-def add_training(folder):
-    lines = [
-        {"step": s, "reward": s / 10, "reward/a": s / 9, "shaping/short": -0.1, "kl": 0.1 * s, "entropy": 3.0}
-        | {"response_length": 12.5, "time_rollout_s": 1.0, "time_learn_s": 2.0, "logprob_gap_mean": 0.0}
-        for s in range(5)
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    (folder / "config.yaml").write_text(
-        "name: a-run\nseed: 5\npolicy: {model: 'lab:policy', quantization: nf4}\n"
-        "reward: {classifiers: [{name: a}, {name: b}], aggregation: min}\nevil: '</pre><script>'\n"
-    )
-    return folder
-
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
@@ -92,25 +40,6 @@ def run_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def html(run_dir):
     return write_report(run_dir).read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def pair(tmp_path):
-    return write_folder(tmp_path, ("base", "tuned"))
-
-
-def specs(html: str) -> dict[str, dict]:
-    return {
-        part.split('"')[0]: json.loads(part.split(">", 1)[1].split("</script>")[0])
-        for part in html.split('<script type="application/json" id="spec-')[1:]
-    }
-
-
-def visible(html: str) -> str:
-    """The page's own words and numbers: without plotly, figures and markup."""
-    body = html.split("<main>")[1].split("</main>")[0]
-    body = re.sub(r"<script.*?</script>", " ", body, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]+>", " ", body).replace("\N{NO-BREAK SPACE}", " ").split())
 
 
 def test_responses_are_text_and_never_markup(html):
@@ -458,63 +387,3 @@ def test_missing_or_broken_files_name_themselves(tmp_path, pair):
     edit_evaluation(pair, lambda content: content.pop("format"))
     with pytest.raises(DataError, match="evaluate again"):
         write_report(pair)
-
-
-def an_analysis():
-    """As analyze writes it, of two systems; an example attacks the page."""
-
-    def of_splits(value):
-        return {split: interval(value) for split in ("all", "toxic", "civil")}
-
-    def measures(value):
-        return {"prompt_entropy": interval(value), "prompt_share": interval(value)}
-
-    tokens = [{"text": " you", "shift": -0.2}, {"text": ATTACK, "shift": -4.0}]
-    example = {"chosen": "fell", "system": "base", "prompt": ATTACK, "response": "...", "toxicity": 0.9}
-    words = {"less_likely": [{"word": "foolish", "shift": -2.5, "count": 6, "toxic": True}], "more_likely": []}
-    names = ("base", "tuned")
-    positions = [{"position": p, "responses": 20, **interval(4.0)} for p in (1, 2)]
-    return {
-        **{"format": 1, "reference": "base", "systems": list(names), "model": "m", "judge": JUDGE, "prompts": 20},
-        **{"seed": 0, "threshold": 0.5, "skipped": {}, "relevance": None},
-        "logprobs": {
-            "systems": {"base": of_splits(-3.0), "tuned": of_splits(-4.25)},
-            "changes": {"tuned": of_splits(-1.25)},
-            "responses": {"all": 20, "toxic": 10, "civil": 10},
-        },
-        "entropy": {
-            "systems": {name: interval(4.0) for name in names},
-            "changes": {"tuned": interval(0.0)},
-            "by_position": {name: positions for name in names},
-        },
-        "attribution": {
-            **{"prompts": 8, "steps": 24, "relative_error": 0.004},
-            "systems": {name: measures(0.5) for name in names},
-            "changes": {"tuned": measures(0.0)},
-        },
-        "words": {"min_count": 5, "systems": {"tuned": words}},
-        "examples": {"tuned": [example | {"shift": -2.7, "tokens": tokens}]},
-    }
-
-
-def test_analysis_has_its_section(pair):
-    (pair / "analysis.json").write_text(json.dumps(an_analysis()))
-    html = write_report(pair).read_text()
-    twin = (pair / "report.md").read_text()
-    fell = "\N{MINUS SIGN}1.25 (\N{MINUS SIGN}1.27 to \N{MINUS SIGN}1.23)"
-    assert fell in twin
-    assert "\N{MINUS SIGN}1.25<small>\N{MINUS SIGN}1.27 to \N{MINUS SIGN}1.23</small>" in html
-    assert {"analysis-logprobs", "analysis-entropy", "analysis-attribution"} <= specs(html).keys()
-    assert ATTACK not in html
-    page = Page(html)
-    assert "coloured-1" in page.controls
-    assert ".veiled" in html
-    assert "foolish" in html
-    assert "foolish" not in twin
-
-
-def test_a_broken_analysis_names_itself(pair):
-    for content in ("{", "[]", '{"format": 99}'):
-        (pair / "analysis.json").write_text(content)
-        with pytest.raises(DataError, match=r"analysis\.json is not .*analyse again, or remove it"):
-            write_report(pair)
