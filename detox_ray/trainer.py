@@ -11,10 +11,12 @@ from typing import TypeVar
 import ray
 from ray import PlacementGroupID, cloudpickle
 from ray.exceptions import RayActorError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 
 from detox_ray.errors import DetoxError
@@ -63,8 +65,20 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
     raise _gave_up("Ray Train's controller", config, run, "its process died")
 
 
+class _Trainer(TorchTrainer):
+    """Ray's, without its detached actor that removes the placement groups of a lost controller, which is done here.
+
+    That actor asks whichever cluster was last started on its machine, and with several of them may remove the groups
+    of a live run, or outlive its own.
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> TorchTrainer:
-    return TorchTrainer(
+    return _Trainer(
         _run_packed,
         train_loop_config={"work": work},
         scaling_config=ScalingConfig(
@@ -77,9 +91,7 @@ def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> TorchTrainer
             storage_path=str(run.path),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={  # type: ignore[call-arg]  # annotated as the older one
-                "env_vars": LEARNER_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.threads)}
-            },
+            worker_runtime_env={"env_vars": LEARNER_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.threads)}},
         ),
     )
 
