@@ -37,7 +37,7 @@ ROLES = {
     "driver": "bin/detox-ray",
 }
 ENDS_THE_COMMAND = ("node", "driver")  # and costs a start from nothing, so it happens less often than the others
-STOPPABLE = ("rollout worker", "classifier", "learner")
+STOPPABLE = ("rollout worker", "classifier", "learner", "train controller")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # outlive a killed driver by a minute or two
 
 

@@ -18,7 +18,7 @@ class LearnerConfig(Section):
         False, description="each learner keeps its part of the frozen base (FSDP): for one that does not fit a device"
     )
     timeout_s: float = Field(
-        600.0, gt=0, description="a learner whose process does not answer for this long is replaced"
+        600.0, gt=0, description="a learner that does not answer for this long, or Ray Train's controller, is replaced"
     )
 
     @model_validator(mode="after")

@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray import PlacementGroupID, cloudpickle
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# How often Ray Train's controller is asked for a sign of life, and how long it may be busy starting the learners.
+CONTROLLER_POLL_S = 5.0
+WORKER_GROUP_START_S = 60.0
 # Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
 # times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
 # them back to the system and taking page faults to get them again.
@@ -66,15 +71,41 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, without its detached actor that removes the placement groups of a lost controller, which is done here.
+    """Ray's, with a controller that is killed when it does not answer, and without the cleaner of placement groups.
 
-    That actor asks whichever cluster was last started on its machine, and with several of them may remove the groups
-    of a live run, or outlive its own.
+    That cleaner is a detached actor which asks whichever cluster was last started on its machine: with several of them
+    it may remove the groups of a live run, or outlive its own. What it is for is done here.
     """
+
+    def __init__(self, *arguments: Any, timeout_s: float, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._timeout_s = timeout_s
+        self._ended = threading.Event()
+
+    def fit(self) -> Any:
+        """Train once, to the end; `RayActorError` where the controller died or was killed."""
+        try:
+            return super().fit()
+        finally:
+            self._ended.set()
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        super()._register_sigint_handler(controller)
+        threading.Thread(target=self._kill_when_hung, args=(controller,), daemon=True).start()
+
+    def _kill_when_hung(self, controller: Any) -> None:
+        answer, asked = controller.__ray_ready__.remote(), time.monotonic()
+        while not self._ended.wait(CONTROLLER_POLL_S):
+            if ray.wait([answer], timeout=0)[0]:
+                answer, asked = controller.__ray_ready__.remote(), time.monotonic()
+            elif time.monotonic() - asked > self._timeout_s:
+                logger.warning("Ray Train's controller has not answered for %.0f s and is killed", self._timeout_s)
+                ray.kill(controller)
+                return
 
 
 def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> TorchTrainer:
@@ -93,6 +124,7 @@ def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> TorchTrainer
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": LEARNER_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.threads)}},
         ),
+        timeout_s=config.timeout_s + WORKER_GROUP_START_S,
     )
 
 
