@@ -12,7 +12,7 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class Calibration(Section):
-    """score -> (score - mean) / std, so that members of an ensemble have one scale."""
+    """score -> (score - mean) / std, cut at 10 either way, so that members of an ensemble have one scale."""
 
     mean: float = 0.0
     std: float = Field(1.0, gt=0)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import ray
 from ray import PlacementGroupID, cloudpickle
 from ray.exceptions import RayActorError
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import RayTrainCallback
@@ -71,10 +72,11 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, with a controller that is killed when it does not answer, and without the cleaner of placement groups.
+    """Ray's, with a controller that is killed when it does not answer, and without two of its actors.
 
-    That cleaner is a detached actor which asks whichever cluster was last started on its machine: with several of them
-    it may remove the groups of a live run, or outlive its own. What it is for is done here.
+    The cleaner of placement groups is detached and asks whichever cluster was last started on its machine: with several
+    of them it may remove the groups of a live run, or outlive its own. What it is for is done here. The manager of data
+    sets has nothing to do, as learners are sent none.
     """
 
     def __init__(self, *arguments: Any, timeout_s: float, **settings: Any) -> None:
@@ -90,8 +92,8 @@ class _Trainer(TorchTrainer):
             self._ended.set()
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        without = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         super()._register_sigint_handler(controller)

@@ -11,6 +11,9 @@ from detox_ray.records import Score
 
 # Below this spread a classifier says the same of every text and cannot guide a policy.
 MIN_STD = 1e-6
+# Standard deviations at which a calibrated score is cut, as reward models' scores commonly are: a classifier that said
+# nearly the same of all it was calibrated on would give the first toxic text a reward of -10,000.
+LARGEST_SCORE = 10.0
 UNCALIBRATED = Calibration(mean=0.0, std=1.0)
 
 
@@ -33,8 +36,11 @@ def fit_calibration(name: str, scores: np.ndarray) -> Calibration:
 
 
 def calibrate(scores: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """(score - mean) / std of `scores: [N]`, as `[N] float32`."""
-    return ((np.asarray(scores, dtype=np.float64) - calibration.mean) / calibration.std).astype(np.float32)
+    """(score - mean) / std of `scores: [N]`, cut at +-10, as `[N] float32`; `UNCALIBRATED` leaves them as they are."""
+    scores = np.asarray(scores, dtype=np.float64)
+    if calibration != UNCALIBRATED:
+        scores = np.clip((scores - calibration.mean) / calibration.std, -LARGEST_SCORE, LARGEST_SCORE)
+    return scores.astype(np.float32)
 
 
 def calibrations(config: RewardConfig) -> dict[str, Calibration]:

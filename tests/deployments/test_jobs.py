@@ -22,7 +22,7 @@ SMALL = [
     "rollout.engine=transformers", "rollout.workers=1", "policy.quantization=none", "train.threads=1",
     "ppo.batch_size=16", "ppo.gradient_accumulation=1", "reward.calibration_prompts=16", "evaluation.prompts=4",
     "evaluation.samples_per_prompt=1", "evaluation.every=0", "rollout.resources.rollout_node=1",
-    "train.resources.learner_node=1",
+    "train.resources.learner_node=1", "reward.classifiers=[{name: lab-linear, kind: linear, model: 'lab:linear'}]",
 ]  # fmt: skip
 STATE = """
 import json, ray

@@ -52,7 +52,7 @@ def meter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "systems": systems,
         "data": {"source": "lab:prompts"},
         "prompts": PROMPTS,
-        "rollout": {"samples_per_prompt": SAMPLES, "max_new_tokens": 12, "num_cpus": 0.5, "workers": 2},
+        "rollout": {"samples_per_prompt": SAMPLES, "max_new_tokens": 12, "num_cpus": 0.5},
         "perplexity_model": policy,
         "bootstrap_resamples": 200,
     }

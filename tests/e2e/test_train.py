@@ -39,6 +39,7 @@ SMALL = [
     f"train.total_steps={STEPS}",
     "train.checkpoint_every=2",
     "ppo.batch_size=32",
+    "rollout.workers=1",
     "reward.calibration_prompts=32",
     "evaluation.prompts=16",
     "evaluation.samples_per_prompt=2",

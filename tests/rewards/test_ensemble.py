@@ -4,7 +4,14 @@ import pytest
 from detox_ray.classifier_config import Calibration, ClassifierConfig
 from detox_ray.config import RewardConfig
 from detox_ray.errors import RewardError
-from detox_ray.rewards.ensemble import aggregate, calibrate, calibrations, fit_calibration, with_calibrations
+from detox_ray.rewards.ensemble import (
+    UNCALIBRATED,
+    aggregate,
+    calibrate,
+    calibrations,
+    fit_calibration,
+    with_calibrations,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -57,6 +64,12 @@ def test_calibrated_scores_have_mean_0_and_std_1() -> None:
     assert calibrated.mean() == pytest.approx(0, abs=1e-5)
     assert calibrated.std() == pytest.approx(1, abs=1e-5)
     assert calibrate(np.array([7.0]), Calibration(mean=5.0, std=4.0)) == pytest.approx([0.5])
+
+
+def test_a_score_far_from_all_that_was_seen_is_cut_unless_it_is_raw() -> None:
+    civil = fit_calibration("a", np.log([0.975, 0.9751, 0.9752]))
+    assert calibrate(np.log([0.01, 0.975, 0.9999999]), civil) == pytest.approx([-10, -1.22, 10], abs=0.01)
+    assert calibrate(np.array([-30.0, 30.0]), UNCALIBRATED).tolist() == [-30, 30]
 
 
 @pytest.mark.parametrize("scores", [np.full(10, 0.3), np.array([1.0]), np.array([1.0, np.nan])])

@@ -3,7 +3,7 @@
 import os
 import pickle
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +47,38 @@ def policy(tiny_model: str) -> Policy:
     return Policy(PolicyConfig(model=tiny_model, quantization="none", lora=LoraConfig(rank=4)), torch.device("cpu"))
 
 
-@pytest.fixture
-def stream(tiny_model: str, local_ray: Path) -> Any:
-    yield from make_stream(tiny_model, RolloutConfig(workers=2, num_cpus=0.5, samples_per_prompt=2, max_new_tokens=6))
+@pytest.fixture(scope="module")
+def workers(tiny_model: str, local_ray: Path) -> Iterator[list[Any]]:
+    """Two workers for all streams: each stream goes on from the version that the one before has left there."""
+    workers = start_workers(engine_spec(tiny_model), RolloutConfig(workers=2, num_cpus=0.5))
+    yield workers
+    stop_workers(workers)
 
 
 @pytest.fixture
-def stale_stream(tiny_model: str, local_ray: Path) -> Any:
-    config = RolloutConfig(workers=2, num_cpus=0.5, samples_per_prompt=2, max_new_tokens=6, max_staleness=1)
-    yield from make_stream(tiny_model, config)
+def stream(workers: list[Any]) -> Iterator[RolloutStream]:
+    yield from make_stream(workers, max_staleness=0)
 
 
-def make_stream(model: str, config: RolloutConfig) -> Any:
-    spec = EngineSpec("transformers", "adapter", model, None, "float32", 384, (0,), 1, 4, 8, 64)
-    workers = start_workers(spec, config)
+@pytest.fixture
+def stale_stream(workers: list[Any]) -> Iterator[RolloutStream]:
+    yield from make_stream(workers, max_staleness=1)
+
+
+def engine_spec(model: str) -> EngineSpec:
+    return EngineSpec("transformers", "adapter", model, None, "float32", 384, (0,), 1, 4, 8, 64)
+
+
+def make_stream(workers: list[Any], max_staleness: int) -> Iterator[RolloutStream]:
+    config = RolloutConfig(
+        workers=len(workers), num_cpus=0.5, samples_per_prompt=2, max_new_tokens=6, max_staleness=max_staleness
+    )
     pool = WorkerPool(workers, config, canary_tolerance=1e-3)
     pool.connect()
     stream = RolloutStream(pool, Schedule(PROMPTS, 5, 0), LengthScorer(), config, seed=0)
     yield stream
     for batch in stream._in_flight.values():
         batch.result()
-    stop_workers(workers)
 
 
 def publish(stream: RolloutStream, policy: Policy, change: float = 0.0) -> int:
@@ -79,16 +90,15 @@ def publish(stream: RolloutStream, policy: Policy, change: float = 0.0) -> int:
 
 
 def test_batches_keep_prompts_samples_and_scores_together(stream: RolloutStream, policy: Policy) -> None:
-    assert stream.pool.version == -1
-    assert publish(stream, policy) == 0
+    first = publish(stream, policy)
     for step in range(3):
         batch = stream.next_batch(step, last_step=9)
         expected = [p.id for p in stream.prompts_for_step(step) for _ in range(2)]
         assert [r.prompt_id for r in batch.rollouts] == expected
         assert batch.rewards.tolist() == [len(r.text) for r in batch.rollouts]
-        assert {r.adapter_version for r in batch.rollouts} == {step}
+        assert {r.adapter_version for r in batch.rollouts} == {first + step}
         assert batch.staleness == 0
-        assert publish(stream, policy, 0.01) == step + 1
+        assert publish(stream, policy, 0.01) == first + step + 1
     one, two = (stream.pool.sample(PROMPTS, 1, Sampling(6, seed=3)) for _ in range(2))
     assert [r.response_ids.tolist() for r in one] == [r.response_ids.tolist() for r in two]
 
@@ -126,10 +136,10 @@ def test_a_batch_ahead_is_sampled_and_scored_while_the_learner_learns(
 
 
 def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(stale_stream: RolloutStream, policy: Policy) -> None:
-    publish(stale_stream, policy)
+    first = publish(stale_stream, policy)
     stale_stream.next_batch(0, last_step=1)
     os.kill(ray.get(stale_stream.pool._workers[0].process_id.remote()), signal.SIGKILL)
-    assert publish(stale_stream, policy, 0.01) == 1
+    assert publish(stale_stream, policy, 0.01) == first + 1
     batch = stale_stream.next_batch(1, last_step=1)
     assert [r.prompt_id for r in batch.rollouts] == [p.id for p in stale_stream.prompts_for_step(1) for _ in range(2)]
     # Whoever notices first, publisher or gatherer, brings the worker back; the other finds it there.
@@ -140,24 +150,24 @@ def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy:
     publish(stale_stream, policy)
     stale_stream.next_batch(0, last_step=9)
     stale_stream.discard()
-    publish(stale_stream, policy, 0.01)
+    version = publish(stale_stream, policy, 0.01)
     batch = stale_stream.next_batch(1, last_step=9)
-    assert {r.adapter_version for r in batch.rollouts} == {1}
+    assert {r.adapter_version for r in batch.rollouts} == {version}
     assert batch.staleness == 0
 
 
 def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy: Policy) -> None:
     publish(stream, policy)
-    publish(stream, policy, 0.02)
+    version = publish(stream, policy, 0.02)
     victim = ray.get(stream.pool._workers[0].process_id.remote())
     os.kill(victim, signal.SIGKILL)
     batch = stream.next_batch(0, last_step=9)
     assert [r.prompt_id for r in batch.rollouts] == [p.id for p in stream.prompts_for_step(0) for _ in range(2)]
-    assert {r.adapter_version for r in batch.rollouts} == {1}
+    assert {r.adapter_version for r in batch.rollouts} == {version}
     assert ray.get(stream.pool._workers[0].process_id.remote()) != victim
     os.kill(ray.get(stream.pool._workers[1].process_id.remote()), signal.SIGKILL)
-    assert publish(stream, policy, 0.01) == 2
-    assert [ray.get(w.version.remote()) for w in stream.pool._workers] == [2, 2]
+    assert publish(stream, policy, 0.01) == version + 1
+    assert [ray.get(w.version.remote()) for w in stream.pool._workers] == [version + 1] * 2
 
 
 def test_a_worker_that_serves_something_else_stops_the_run(stream: RolloutStream, policy: Policy) -> None:
@@ -181,16 +191,17 @@ def test_a_worker_that_serves_something_else_stops_the_run(stream: RolloutStream
 
 
 def test_a_rollout_of_an_unacknowledged_version_is_not_trained_on(stream: RolloutStream, policy: Policy) -> None:
+    publish(stream, policy)
+    stream.pool.version -= 1
     with pytest.raises(SyncError, match="never acknowledged"):
         stream.next_batch(0, last_step=9)
 
 
 def test_a_second_learner_continues_the_versions(stream: RolloutStream, policy: Policy) -> None:
-    publish(stream, policy)
-    publish(stream, policy)
+    version = publish(stream, policy)
     other = pickle.loads(pickle.dumps(stream))
     other.connect()
-    assert publish(other, policy) == 2
+    assert publish(other, policy) == version + 1
 
 
 def test_an_answer_that_was_lost_is_asked_for_again(stream: RolloutStream, policy: Policy) -> None:
@@ -204,9 +215,8 @@ def test_an_answer_that_was_lost_is_asked_for_again(stream: RolloutStream, polic
 
 def test_an_engine_that_cannot_start_is_one_clear_error(tmp_path: Path, local_ray: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    spec = EngineSpec("transformers", "adapter", str(tmp_path), None, "float32", 384, (0,), 1, 4, 8, 64)
     config = RolloutConfig(num_cpus=0.5)
-    workers = start_workers(spec, config)
+    workers = start_workers(engine_spec(str(tmp_path)), config)
     with pytest.raises(ModelError, match="rollout worker 0 does not start: "):
         WorkerPool(workers, config, 1e-3).connect()
     stop_workers(workers)
@@ -214,12 +224,15 @@ def test_an_engine_that_cannot_start_is_one_clear_error(tmp_path: Path, local_ra
 
 def test_a_worker_that_hangs_while_it_starts_is_started_anew(tiny_model: str, local_ray: Path) -> None:
     config = RolloutConfig(num_cpus=0.5, start_timeout_s=30)
-    spec = EngineSpec("transformers", "adapter", tiny_model, None, "float32", 384, (0,), 1, 4, 8, 64)
-    workers = start_workers(spec, config)
+    workers = start_workers(engine_spec(tiny_model), config)
     stopped = stop_when_seen("ray::RolloutWorker")
     pool = WorkerPool(workers, config, 1e-3)
     pool.connect()
     assert ray.get(workers[0].process_id.remote()) != stopped.result().pid
+    assert pool.version == -1
+    # What the pristine base samples is not the policy's.
+    with pytest.raises(SyncError, match="never acknowledged"):
+        RolloutStream(pool, Schedule(PROMPTS, 1, 0), LengthScorer(), config, seed=0).next_batch(0, last_step=0)
     stop_workers(workers)
 
 

