@@ -72,7 +72,8 @@ class ClassifierConfig(Section):
     label_means: Literal["toxic", "nontoxic"] = Field("toxic", description="what a high value of that label says")
     output: Literal["logit", "logprob", "probability"] = Field("logit", description="form of the value that is read")
     calibration: Calibration | Literal["fit", "none"] = Field(
-        "fit", description="numbers; fit: on the untrained policy's responses when the run starts; none"
+        "fit",
+        description="numbers; fit: on the untrained policy's responses when the run starts; both cut at 10 std; none",
     )
     weight: float = Field(1.0, gt=0, description="weight when reward.aggregation is weighted")
     max_length: int = Field(256, ge=8, description="longest text, in the classifier's tokens; longer ones are cut")

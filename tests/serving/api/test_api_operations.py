@@ -128,7 +128,7 @@ def test_keys_of_the_running_service(deploy: Callable[..., str], monkeypatch: py
 
 @contextmanager
 def load(address: str, body: dict, threads: int = 4) -> Iterator[list[tuple[int, str]]]:
-    """Clients that ask all the time, each time a text of their own; yields their statuses with the score or the error."""
+    """Clients that ask all the time, each time a text of their own; yields statuses, each with its score or error."""
     answers: list[tuple[int, str]] = []
     stop = threading.Event()
 
