@@ -85,19 +85,26 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node = node[int(parent)]
         else:
             raise ConfigError(f"override {override!r}: {parent!r} does not name a part of the configuration")
-    try:
-        value = yaml.safe_load(text)
-        # YAML 1.1 reads 1e-4 as text.
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,3}", value):
-            value = float(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from None
     if isinstance(node, dict):
-        node[last] = value
+        node[last] = _parse_value(text)
     elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
+        node[int(last)] = _parse_value(text)
     else:
         raise ConfigError(f"override {override!r}: {last!r} does not name a part of the configuration")
+
+
+def _parse_value(text: str) -> Any:
+    """YAML, except that `Summarize: {prompt}` and `{prompt} =>` are the texts they look like."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, dict) and value and (text.lstrip()[0] != "{" or all(v is None for v in value.values())):
+        return text
+    # YAML 1.1 reads 1e-4 as text.
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,3}", value):
+        return float(value)
+    return value
 
 
 def _explain(error: Any, section: type[BaseModel]) -> str:

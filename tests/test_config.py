@@ -42,12 +42,24 @@ def test_the_shipped_evaluation_is_valid_and_survives_a_round_trip() -> None:
 def test_overrides_are_typed_and_reach_into_lists() -> None:
     config = load_config(
         ROOT / "configs/laptop.yaml",
-        ["ppo.learning_rate=1e-4", "reward.classifiers.0.weight=2", "policy.lora.targets=[q_proj, v_proj]", "name=x"],
+        [
+            "ppo.learning_rate=1e-4",
+            "reward.classifiers.0.weight=2",
+            "policy.lora.targets=[q_proj, v_proj]",
+            "name=x",
+            "reward.shaping={short_penalty: 0}",
+        ],
     )
     assert config.ppo.learning_rate == 1e-4
     assert config.reward.classifiers[0].weight == 2
     assert config.policy.lora.targets == ["q_proj", "v_proj"]
+    assert config.reward.shaping.short_penalty == 0
     assert config.run_dir == Path("runs/x").resolve()
+
+
+@pytest.mark.parametrize("template", ["Summarize: {prompt}", "{prompt}", "{prompt} =>", "<human>: {prompt} <bot>: "])
+def test_templates_are_texts(template: str) -> None:
+    assert load_config(ROOT / "configs/laptop.yaml", [f"data.template={template}"]).data.template == template
 
 
 @pytest.mark.parametrize(
@@ -86,7 +98,7 @@ def test_what_is_wrong_is_named_with_the_fix(change: dict[str, Any], message: st
         ("ppo.learning_rate", "expected key=value"),
         ("ppo.epochs.deep=1", "epochs"),
         ("reward.classifiers.7.weight=1", "'7' does not name a part"),
-        ("ppo.epochs=[", "not YAML"),
+        ("ppo.epochs=[", r"ppo\.epochs = '\['"),
     ],
 )
 def test_bad_overrides(override: str, message: str) -> None:
