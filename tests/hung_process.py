@@ -3,21 +3,24 @@
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 
 
 def stop_when_seen(title: str, timeout_s: float = 60) -> Future[psutil.Process]:
-    """Stop the first new process whose title has `title` in it; the result is that process."""
-    known = set(psutil.pids())
+    """Stop the first new process below this one whose title has `title` in it; the result is that process."""
+    this = psutil.Process()
+    known = set(this.children(recursive=True))
 
     def watch() -> psutil.Process:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            for process in psutil.process_iter(["cmdline"]):
-                if process.pid not in known and title in " ".join(process.info["cmdline"] or []):
-                    process.send_signal(signal.SIGSTOP)
-                    return process
+            for process in set(this.children(recursive=True)) - known:
+                with suppress(psutil.NoSuchProcess):
+                    if title in " ".join(process.cmdline()):
+                        process.send_signal(signal.SIGSTOP)
+                        return process
             time.sleep(0.02)
         raise TimeoutError(f"no process {title!r} appeared")
 

@@ -55,7 +55,7 @@ def free_port() -> str:
         return str(unused.getsockname()[1])
 
 
-def wait_for(found: Callable[[], Any], what: str, timeout_s: float = 400) -> Any:
+def wait_for(found: Callable[[], Any], what: str, timeout_s: float = 600) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (result := found()):
         assert time.monotonic() < deadline, f"{what} did not come"
@@ -104,7 +104,7 @@ def on_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
                 started.append(psutil.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
                 wait_for(lambda n=number: log_file.read_text().count("Ray runtime started") == n, "Ray", 120)
 
-            def run(*arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+            def run(*arguments: str, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
                 return subprocess.run(
                     arguments, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False, env=connected
                 )
@@ -184,5 +184,5 @@ def test_two_jobs_at_once_and_one_of_them_stopped(on_cluster: Command, tmp_path:
 
     started = time.monotonic()
     while any((found := remaining()).values()):
-        assert time.monotonic() - started < 180, f"left behind: {found}"
+        assert time.monotonic() - started < 300, f"left behind: {found}"
         time.sleep(0.5)

@@ -28,7 +28,7 @@ COMMAND = str(Path(sys.executable).with_name("detox-ray"))
 PROMPTS, SAMPLES = 24, 3
 
 
-def run(*arguments: str | Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
     command = [COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False)
 
@@ -65,7 +65,7 @@ def killed_and_continued(meter: Path) -> tuple[bytes, str]:
     """What was on disk when the evaluation was killed, and what the second command printed."""
     arguments = [COMMAND, "evaluate", str(meter / "meter.yaml")]
     first = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    sampled, deadline = meter / "two" / "sampled", time.monotonic() + 400
+    sampled, deadline = meter / "two" / "sampled", time.monotonic() + 600
     try:
         while not (found := list(sampled.glob("*.jsonl"))):
             assert time.monotonic() < deadline, "nothing was sampled"

@@ -53,7 +53,7 @@ def command(**arguments: Any) -> list[str]:
 
 
 def run(
-    timeout_s: float = 300, env: dict[str, str] | None = None, **arguments: Any
+    timeout_s: float = 900, env: dict[str, str] | None = None, **arguments: Any
 ) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **(env or {})}
     return subprocess.run(
@@ -154,7 +154,7 @@ def start(folder: Path, arguments: dict[str, Any], asked: str) -> subprocess.Pop
         return subprocess.Popen(command(**arguments), stdout=log, stderr=log, env=environment, cwd=ROOT)
 
 
-def wait_for_parts(output: Path, number: int, timeout_s: float = 240) -> None:
+def wait_for_parts(output: Path, number: int, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while len(list(output.glob("part-*.parquet"))) < number:
         assert time.monotonic() < deadline, "no parts appeared"
@@ -179,7 +179,7 @@ def test_a_killed_scoring_continues_without_a_row_twice_or_missing(tmp_path: Pat
     started = processes_of(driver)
     driver.send_signal(signal.SIGKILL)
     first.wait()
-    _, left = psutil.wait_procs(started, timeout=60)
+    _, left = psutil.wait_procs(started, timeout=120)
     assert not [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     finished = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in output.glob("part-*")}
     assert 4 <= len(finished) < 25
@@ -189,7 +189,7 @@ def test_a_killed_scoring_continues_without_a_row_twice_or_missing(tmp_path: Pat
     wait_for_parts(output, len(finished) + 2)
     workers = [p for p in processes_of(psutil.Process(second.pid)) if "PartScorer" in p.cmdline()[0]]
     workers[0].send_signal(signal.SIGKILL)
-    assert second.wait(timeout=240) == 0, (tmp_path / "run.log").read_text()
+    assert second.wait(timeout=600) == 0, (tmp_path / "run.log").read_text()
 
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in finished} == finished
     table = pq.read_table(output)

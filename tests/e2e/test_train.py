@@ -48,11 +48,11 @@ SMALL = [
 ]
 
 
-def run(arguments: list[str], timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False)
 
 
-def wait_for_steps(metrics: Path, steps: int, timeout_s: float = 240) -> None:
+def wait_for_steps(metrics: Path, steps: int, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
         assert time.monotonic() < deadline, "no steps appeared"
@@ -85,17 +85,19 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Continued:
     with open(output / "first.log", "w", encoding="utf-8") as log:
         first = subprocess.Popen([*COMMAND, "name=killed", f"output_dir={output}", *SMALL], stdout=log, stderr=log)
     metrics = output / "killed" / "metrics.jsonl"
-    wait_for_steps(metrics, 3)
-    driver = psutil.Process(first.pid)
-    [learner] = [p for p in alive_on(driver) if "RayTrainWorker" in p.cmdline()[0]]
-    learner.send_signal(signal.SIGKILL)
-    before = read_metrics(metrics)
-    wait_for_steps(metrics, 5)
-    started = alive_on(driver)
-    driver.send_signal(signal.SIGKILL)
-    first.wait()
+    try:
+        wait_for_steps(metrics, 3)
+        driver = psutil.Process(first.pid)
+        [learner] = [p for p in alive_on(driver) if "RayTrainWorker" in p.cmdline()[0]]
+        learner.send_signal(signal.SIGKILL)
+        before = read_metrics(metrics)
+        wait_for_steps(metrics, 5)
+        started = alive_on(driver)
+    finally:
+        first.kill()
+        first.wait()
     before += read_metrics(metrics)
-    _, left = psutil.wait_procs(started, timeout=60)
+    _, left = psutil.wait_procs(started, timeout=120)
     left = [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not left, f"left behind: {[p.cmdline() for p in left]}"
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -240,7 +242,7 @@ def test_a_classifier_that_fails_stops_the_run_with_its_name(tmp_path: Path) -> 
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(
-        [*COMMAND, *settings], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False, env=environment
+        [*COMMAND, *settings], capture_output=True, text=True, timeout=900, cwd=ROOT, check=False, env=environment
     )
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.startswith("error: ")
