@@ -94,17 +94,19 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """YAML, except that `Summarize: {prompt}` and `{prompt} =>` are the texts they look like."""
+    """YAML where it is a number, a list, `{key: value}` or quoted; `Summarize: {prompt}` or `#1 ` is the text it is."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, dict) and value and (text.lstrip()[0] != "{" or all(v is None for v in value.values())):
-        return text
     # YAML 1.1 reads 1e-4 as text.
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,3}", value):
         return float(value)
-    return value
+    is_plain_text = isinstance(value, str) and text.lstrip()[0] not in "\"'"
+    is_comment = value is None and text.lstrip().startswith("#")
+    is_block = isinstance(value, dict | list) and text.lstrip()[0] not in "{["
+    is_placeholder = isinstance(value, dict) and value and all(v is None for v in value.values())
+    return text if is_plain_text or is_comment or is_block or is_placeholder else value
 
 
 def _explain(error: Any, section: type[BaseModel]) -> str:

@@ -57,7 +57,18 @@ def test_overrides_are_typed_and_reach_into_lists() -> None:
     assert config.run_dir == Path("runs/x").resolve()
 
 
-@pytest.mark.parametrize("template", ["Summarize: {prompt}", "{prompt}", "{prompt} =>", "<human>: {prompt} <bot>: "])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Summarize: {prompt}",
+        "{prompt}",
+        "{prompt} =>",
+        "<human>: {prompt} <bot>: ",
+        "#1# {prompt}",
+        "Q {prompt} #1 A ",
+        "- {prompt}",
+    ],
+)
 def test_templates_are_texts(template: str) -> None:
     assert load_config(ROOT / "configs/laptop.yaml", [f"data.template={template}"]).data.template == template
 
