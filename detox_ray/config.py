@@ -168,6 +168,9 @@ class RolloutConfig(Section):
         description="devices of a node that hold a worker's model together (vLLM): for one that fits no device",
     )
     resources: CustomResources = Field({}, description="custom Ray resources of one worker: the nodes it may be on")
+    in_turns: bool = Field(
+        False, description="share one GPU with the learner in turns: engines give its memory back while it learns"
+    )
     samples_per_prompt: int = Field(1, ge=1, description="responses to each prompt of a batch")
     max_new_tokens: int = Field(20, ge=1, description="longest response, in tokens")
     temperature: float = Field(
@@ -375,6 +378,12 @@ class Config(RunSettings):
                     f"{group} prompts a step do not divide among train.workers={self.train.workers}, and "
                     f"ppo.estimator={self.ppo.estimator} needs a prompt's responses on one learner"
                 )
+        sharers = [self.rollout.workers * self.rollout.num_gpus, self.train.workers * self.train.num_gpus]
+        if self.rollout.in_turns and (self.rollout.max_staleness or 0 in sharers or sum(sharers) > 1):
+            raise ValueError(
+                "rollout.in_turns=true shares one GPU: it needs rollout.max_staleness=0, and the num_gpus of rollout "
+                f"workers and learners above 0 and together at most 1, not {sharers[0]:g} and {sharers[1]:g}"
+            )
         if self.rollout.base == "bitsandbytes" and (self.rollout.num_gpus == 0 or self.policy.quantization == "none"):
             raise ValueError(
                 "rollout.base=bitsandbytes needs rollout.num_gpus > 0 and a quantised policy; use dequantized"

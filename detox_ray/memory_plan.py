@@ -1,6 +1,6 @@
 """`detox-ray plan`: the memory every role of a run needs on its device, from arithmetic, before anything is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -37,6 +37,8 @@ PROCESS_BYTES = {"learner": 0.7 * GIB, "vllm": 0.75 * GIB, "transformers": 0.6 *
 CUDA_BYTES = 1.0 * GIB
 # Ray's own processes and the driver (measured).
 RAY_BYTES = 2.1 * GIB
+# What a role that shares a GPU in turns keeps there while the other has its turn.
+KEPT_BETWEEN_TURNS = {"learner": ("weights", "trained", "process"), "rollout worker": ("process",)}
 # Less than this is not worth a change of settings.
 SMALLEST_SAVING = 0.05 * GIB
 COLUMNS = ("weights", "trained", "batch", "cache", "process")
@@ -60,16 +62,27 @@ class Role:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The roles of a run, and what would make the learner smaller, with the bytes saved."""
+    """The roles of a run, what would make the learner smaller, with the bytes saved, and whether learner and rollout
+    workers share a GPU in turns.
+    """
 
     roles: list[Role]
     remedies: dict[str, float]
     note: str
+    in_turns: bool = False
 
     @property
     def main_memory(self) -> float:
         """Bytes of main memory over all processes, as if they were on one machine."""
         return RAY_BYTES + sum(role.count * role.total for role in self.roles if role.gpus == 0)
+
+    def gpu_need(self, role: Role) -> tuple[float, float]:
+        """(bytes a role needs on one GPU, the share of the GPU that is there for them)."""
+        if not (self.in_turns and role.name in KEPT_BETWEEN_TURNS):
+            return role.total, min(role.gpus, 1.0)
+        (other,) = (r for r in self.roles if r.name in KEPT_BETWEEN_TURNS and r is not role)
+        kept = other.count * sum(other.bytes[purpose] for purpose in KEPT_BETWEEN_TURNS[other.name])
+        return role.count * role.total + kept, role.count * role.gpus + other.count * other.gpus
 
 
 def plan_memory(config: Config) -> MemoryPlan:
@@ -90,7 +103,11 @@ def plan_memory(config: Config) -> MemoryPlan:
         f"{shape.base_parameters():,} parameters, {shape.adapter_parameters():,} trained; a rollout worker's KV cache "
         f"holds {held:,.0f} sequences of {longest} tokens (rollout.max_num_seqs={config.rollout.max_num_seqs})"
     )
-    return MemoryPlan(roles, _remedies(config, shape), note)
+    plan = MemoryPlan(roles, _remedies(config, shape), note, config.rollout.in_turns)
+    if plan.in_turns:
+        learning, sampling = (plan.gpu_need(role)[0] / GIB for role in roles[:2])
+        note += f"; on the GPU they share in turns {sampling:.1f} GiB while sampling, {learning:.1f} while learning"
+    return replace(plan, note=note)
 
 
 def check_memory(plan: MemoryPlan, gpu_bytes: float | None, main_bytes: float | None) -> None:
@@ -100,11 +117,11 @@ def check_memory(plan: MemoryPlan, gpu_bytes: float | None, main_bytes: float | 
         ConfigError: a role needs more than its share of a GPU, or all of them together more main memory than there is.
     """
     for role in plan.roles:
-        share = min(role.gpus, 1.0)
-        if gpu_bytes is not None and role.gpus > 0 and role.total > share * gpu_bytes:
+        needed, share = plan.gpu_need(role)
+        if gpu_bytes is not None and role.gpus > 0 and needed > share * gpu_bytes:
             raise ConfigError(
-                f"{role.name} needs {role.total / GIB:.1f} GiB of a GPU and has {share * gpu_bytes / GIB:.1f}"
-                f"{_advice(plan) if role.name == 'learner' else '; give it more of a GPU (num_gpus), or a larger one'}"
+                f"{role.name} needs {needed / GIB:.1f} GiB of a GPU and has {share * gpu_bytes / GIB:.1f}"
+                f"{_advice(plan) if role.name == 'learner' else _more_gpu(plan, role)}"
             )
     if main_bytes is not None and plan.main_memory > main_bytes:
         raise ConfigError(
@@ -237,6 +254,12 @@ def weight_remedies(policy: PolicyConfig, learner: LearnerConfig, shape: Skeleto
 def worthwhile(remedies: dict[str, float]) -> dict[str, float]:
     """Those that save enough to be worth a change of settings."""
     return {setting: saved for setting, saved in remedies.items() if saved > SMALLEST_SAVING}
+
+
+def _more_gpu(plan: MemoryPlan, role: Role) -> str:
+    could_share = role.name == "rollout worker" and not plan.in_turns
+    turns = ", share one with the learner in turns (rollout.in_turns=true)" if could_share else ""
+    return f"; give it more of a GPU (num_gpus){turns}, or a larger one"
 
 
 def _advice(plan: MemoryPlan) -> str:

@@ -144,6 +144,7 @@ def plan_engine(
         device="cuda" if rollout.num_gpus > 0 else "cpu",
         bitsandbytes=rollout.base == "bitsandbytes",
         tensor_parallel=rollout.tensor_parallel,
+        in_turns=rollout.in_turns,
     )
     return spec, f"rollout engine: {kind}, adapters {'merged' if sync == 'merged' else 'as LoRA'} ({reason})"
 

@@ -86,6 +86,15 @@ def test_templates_are_texts(template: str) -> None:
         ({"evaluation": {"prompts": 500}}, r"evaluation\.prompts=500 is above data\.heldout_prompts=200"),
         ({"ppo": {"batch_size": 30, "minibatches": 4}}, r"ppo\.batch_size=30 is not a multiple"),
         ({"ppo": {"estimator": "rloo"}}, r"set rollout\.samples_per_prompt"),
+        ({"rollout": {"in_turns": True}}, r"rollout\.in_turns=true shares one GPU: .* not 0 and 0"),
+        (
+            {"rollout": {"in_turns": True, "num_gpus": 0.5, "workers": 2}, "train": {"num_gpus": 0.5}},
+            r"together at most 1, not 1 and 0\.5",
+        ),
+        (
+            {"rollout": {"in_turns": True, "num_gpus": 0.5, "max_staleness": 1}, "train": {"num_gpus": 0.5}},
+            r"needs rollout\.max_staleness=0",
+        ),
         ({"rollout": {"base": "bitsandbytes"}}, r"rollout\.base=bitsandbytes needs rollout\.num_gpus"),
         ({"reward": {}}, r"reward\.classifiers is missing"),
         (

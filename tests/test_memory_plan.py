@@ -76,6 +76,22 @@ def test_a_run_that_cannot_fit_is_refused(model: str) -> None:
         check_memory(plan, 24 * GIB, GIB)
 
 
+def test_a_gpu_that_is_shared_in_turns(model: str) -> None:
+    shared = ["policy.quantization=none", "rollout.num_gpus=0.5", "rollout.workers=1", "train.num_gpus=0.5"]
+    together, in_turns = (plan_memory(configured(model, *shared, f"rollout.in_turns={turns}")) for turns in (0, 1))
+    learner, worker, _ = in_turns.roles
+    learning, sampling = in_turns.gpu_need(learner)[0], in_turns.gpu_need(worker)[0]
+    assert learning == learner.total + worker.bytes["process"]
+    assert sampling == worker.total + learner.total - learner.bytes["batch"]
+    assert f"{sampling / GIB:.1f} GiB while sampling, {learning / GIB:.1f} while learning" in in_turns.note
+    size = max(learning, sampling)
+    check_memory(in_turns, size, None)
+    with pytest.raises(ConfigError, match=r"of a GPU and has"):
+        check_memory(in_turns, 0.99 * size, None)
+    with pytest.raises(ConfigError, match=r"of a GPU and has"):
+        check_memory(together, size, None)
+
+
 def test_the_command(model: str) -> None:
     given = [f"policy.model={model}", "rollout.engine=transformers", "train.num_gpus=1", "--gpu-memory-gib", "1"]
     result = CliRunner().invoke(app, ["plan", str(LAPTOP), *given])

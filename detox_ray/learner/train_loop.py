@@ -155,6 +155,8 @@ def one_step(task: LearnerTask, ppo: PPO, step: int) -> dict[str, float]:
     received = time.perf_counter()
     metrics = ppo.update(rollouts, rewards, step, on_policy=batch.staleness == 0)
     learned = time.perf_counter()
+    if config.rollout.in_turns:
+        torch.cuda.empty_cache()  # what the update took, for the engines that wake up now
     version = publish(task, ppo.policy)
     finished = time.perf_counter()
     seconds = finished - started

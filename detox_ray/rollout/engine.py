@@ -29,7 +29,7 @@ class EngineSpec:
 
     `model` is a folder or hub id of unquantised weights (or of what vLLM quantises itself), `max_length` the longest
     prompt + response in tokens, `end_ids` the tokens that end a response, `tensor_parallel` over how many devices the
-    model is spread.
+    model is spread, `in_turns` whether it will be asked to sleep.
     """
 
     kind: Kind
@@ -46,6 +46,7 @@ class EngineSpec:
     device: Literal["cpu", "cuda"] = "cpu"
     bitsandbytes: bool = False
     tensor_parallel: int = 1
+    in_turns: bool = False
 
 
 class RolloutEngine(Protocol):
@@ -67,6 +68,10 @@ class RolloutEngine(Protocol):
 
     def next_token_logprobs(self, prefixes: Sequence[Sequence[int]]) -> list[dict[int, float]]:
         """The `CANARY_TOP` likeliest next tokens of each prefix, through the same caches that sampling uses."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back until the next call, which answers as if nothing had been."""
         ...
 
 

@@ -149,6 +149,22 @@ class WorkerPool:
         """`samples` responses to each prompt, prompt by prompt; errors as `result`."""
         return [rollout for part in self.submit(prompts, samples, sampling) for rollout in self.result(part)]
 
+    def sleep(self) -> None:
+        """Have every worker give its device's memory back until it is asked for something.
+
+        Raises:
+            ModelError: a worker was lost over it and cannot be brought back.
+        """
+        restarts = list(self._restarts)
+        for index, answer in enumerate([worker.sleep.remote() for worker in self._workers]):
+            try:
+                ray.get(answer, timeout=self._config.timeout_s)
+            except (RayActorError, GetTimeoutError) as error:
+                self._restore(index, error, restarts[index])
+                ray.get(self._workers[index].sleep.remote(), timeout=self._config.timeout_s)
+            except RayTaskError as error:
+                raise _own_error(error) from None
+
     def _ask(self, part: Part) -> Part:
         part.restarts = self._restarts[part.worker]
         part.reference = self._workers[part.worker].generate.remote(part.prompts, part.samples, part.sampling)

@@ -158,6 +158,8 @@ class RolloutStream:
                 future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
                 finished[position] = (rollouts, future)
         sampled = time.perf_counter()
+        if self.config.in_turns:
+            self.pool.sleep()
         ordered = [finished[position] for position in range(len(parts))]
         rollouts = [rollout for part, _ in ordered for rollout in part]
         scores = [score for _, future in ordered for score in self.scorer.result(future)]

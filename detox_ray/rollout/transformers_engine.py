@@ -39,6 +39,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
+        self._wake()
         torch.manual_seed(sampling.seed)
         rows = [prompt for prompt in prompts for _ in range(samples)]
         rollouts: dict[int, Rollout] = {}
@@ -101,6 +102,7 @@ class TransformersEngine:
 
     def apply(self, adapter: Adapter) -> None:
         """See `RolloutEngine.apply`."""
+        self._wake()
         try:
             if self.version == -1:
                 self._model = get_peft_model(self._model, LoraConfig(**_lora_options(adapter))).eval()
@@ -112,11 +114,20 @@ class TransformersEngine:
     @torch.inference_mode()
     def next_token_logprobs(self, prefixes: Sequence[Sequence[int]]) -> list[dict[int, float]]:
         """See `RolloutEngine.next_token_logprobs`."""
+        self._wake()
         answers = []
         for prefix in prefixes:
             top = next_token_logits(self._model, prefix).log_softmax(dim=0).topk(CANARY_TOP)
             answers.append(dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
         return answers
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`: the weights go to main memory."""
+        self._model.to("cpu")
+        torch.cuda.empty_cache()
+
+    def _wake(self) -> None:
+        self._model.to(self._device)
 
 
 def _lora_options(adapter: Adapter) -> dict[str, Any]:

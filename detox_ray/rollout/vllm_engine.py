@@ -59,6 +59,11 @@ class VllmEngine:
             max_num_seqs=spec.max_num_seqs,
             kv_cache_memory_bytes=spec.kv_cache_mib * 2**20,
             enforce_eager=not torch.cuda.is_available(),
+            # The cache's size is given above. What is left of this option is a check that so much of the GPU is free,
+            # which fails beside a learner or a second worker.
+            gpu_memory_utilization=0.01,
+            # CPUs have no such mode, but take the calls.
+            enable_sleep_mode=spec.in_turns and torch.cuda.is_available(),
             disable_log_stats=True,
             trust_remote_code=False,
             logprobs_mode="processed_logprobs",
@@ -70,6 +75,7 @@ class VllmEngine:
 
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
+        self._wake()
         # The engine samples from its processes' generators: the same call on the same engine gives the same responses.
         self._on_every_part(_seed, sampling.seed)
         params = SamplingParams(
@@ -110,6 +116,7 @@ class VllmEngine:
 
     def apply(self, adapter: Adapter) -> None:
         """See `RolloutEngine.apply`."""
+        self._wake()
         if self._spec.sync == "merged":
             self._on_every_part(_serve_merged, adapter)
             self._llm.reset_prefix_cache()
@@ -126,9 +133,20 @@ class VllmEngine:
 
     def next_token_logprobs(self, prefixes: Sequence[Sequence[int]]) -> list[dict[int, float]]:
         """See `RolloutEngine.next_token_logprobs`."""
+        self._wake()
         params = SamplingParams(temperature=1.0, max_tokens=1, logprobs=CANARY_TOP, detokenize=False)
         outputs = self._run(prefixes, params)
         return [{token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()} for o in outputs]
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`: the weights go to main memory, the cache is forgotten."""
+        with self._ending_without_a_part():
+            self._llm.sleep(level=1)
+
+    def _wake(self) -> None:
+        if self._llm.llm_engine.is_sleeping():
+            with self._ending_without_a_part():
+                self._llm.wake_up()
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
         requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]

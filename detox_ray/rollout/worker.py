@@ -62,6 +62,10 @@ class RolloutWorker:
         """`samples` responses to each prompt, under the adapter served."""
         return self._engine.generate(prompts, samples, sampling)
 
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self._engine.sleep()
+
 
 def start_workers(spec: EngineSpec, config: RolloutConfig) -> list[Any]:
     """Start `config.workers` actors without waiting for their engines; each restarts by itself if its process dies."""

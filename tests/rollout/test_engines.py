@@ -122,6 +122,17 @@ def test_logprobs_are_those_of_peft_before_and_after_every_push(
     fixed(worker, model)
 
 
+def test_an_engine_that_slept_answers_as_before(worker: Any) -> None:
+    asked = (prompts(), 2, Sampling(max_new_tokens=12, seed=5))
+    before = ray.get(worker.generate.remote(*asked))
+    ray.get([worker.sleep.remote(), worker.sleep.remote()])
+    if "vllm" in ray.get(worker.__ray_call__.remote(lambda actor: type(actor._engine).__module__)):
+        assert ray.get(worker.__ray_call__.remote(lambda actor: actor._engine._llm.llm_engine.is_sleeping()))
+    for old, new in zip(before, ray.get(worker.generate.remote(*asked)), strict=True):
+        assert new.response_ids.tolist() == old.response_ids.tolist()
+        assert np.abs(new.logprobs - old.logprobs).max() <= TOLERANCE
+
+
 def ended(worker: Any, model: Any) -> None:
     rollouts = ray.get(worker.generate.remote(prompts()[:2], 64, Sampling(max_new_tokens=32, seed=1)))
     stopped = [r for r in rollouts if r.finish_reason == "stop"]

@@ -65,13 +65,23 @@ def stale_stream(workers: list[Any]) -> Iterator[RolloutStream]:
     yield from make_stream(workers, max_staleness=1)
 
 
+@pytest.fixture
+def stream_in_turns(workers: list[Any]) -> Iterator[RolloutStream]:
+    yield from make_stream(workers, max_staleness=0, in_turns=True)
+
+
 def engine_spec(model: str) -> EngineSpec:
     return EngineSpec("transformers", "adapter", model, None, "float32", 384, (0,), 1, 4, 8, 64)
 
 
-def make_stream(workers: list[Any], max_staleness: int) -> Iterator[RolloutStream]:
+def make_stream(workers: list[Any], max_staleness: int, in_turns: bool = False) -> Iterator[RolloutStream]:
     config = RolloutConfig(
-        workers=len(workers), num_cpus=0.5, samples_per_prompt=2, max_new_tokens=6, max_staleness=max_staleness
+        workers=len(workers),
+        num_cpus=0.5,
+        samples_per_prompt=2,
+        max_new_tokens=6,
+        max_staleness=max_staleness,
+        in_turns=in_turns,
     )
     pool = WorkerPool(workers, config, canary_tolerance=1e-3)
     pool.connect()
@@ -168,6 +178,37 @@ def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy:
     os.kill(ray.get(stream.pool._workers[1].process_id.remote()), signal.SIGKILL)
     assert publish(stream, policy, 0.01) == version + 1
     assert [ray.get(w.version.remote()) for w in stream.pool._workers] == [version + 1] * 2
+
+
+def test_engines_sleep_from_the_end_of_a_batch_to_the_next_push(stream_in_turns: RolloutStream, policy: Policy) -> None:
+    def note_calls(actor: Any) -> None:
+        actor.calls = []
+
+        def noted(name: str) -> Any:
+            method = getattr(actor._engine, name)
+            return lambda *args: (actor.calls.append(name), method(*args))[1]
+
+        for name in ("generate", "apply", "sleep"):
+            setattr(actor._engine, name, noted(name))
+
+    workers = stream_in_turns.pool._workers
+    publish(stream_in_turns, policy)
+    ray.get([worker.__ray_call__.remote(note_calls) for worker in workers])
+    for step in range(2):
+        stream_in_turns.next_batch(step, last_step=9)
+        publish(stream_in_turns, policy, 0.01)
+    for worker in workers:
+        calls = ray.get(worker.__ray_call__.remote(lambda actor: actor.calls))
+        assert calls == ["generate", "sleep", "apply"] * 2
+
+
+def test_a_worker_lost_on_its_way_to_sleep_is_brought_back(stream_in_turns: RolloutStream, policy: Policy) -> None:
+    version = publish(stream_in_turns, policy)
+    pool = stream_in_turns.pool
+    os.kill(ray.get(pool._workers[1].process_id.remote()), signal.SIGKILL)
+    pool.sleep()
+    assert [ray.get(w.version.remote()) for w in pool._workers] == [version] * 2
+    assert pool.restarts == 1
 
 
 def test_a_worker_that_serves_something_else_stops_the_run(stream: RolloutStream, policy: Policy) -> None:
