@@ -212,6 +212,7 @@ def test_python_api_two_learners_stale_rollouts_on_the_transformers_engine(tmp_p
         "name=api", f"output_dir={tmp_path}", *SMALL, "train.total_steps=3", "train.workers=2", "train.num_cpus=0.5",
         "train.threads=1", "train.shard_base=true", "rollout.engine=transformers", "rollout.workers=2",
         "rollout.max_staleness=1", "rollout.samples_per_prompt=4", "ppo.estimator=rloo", "policy.quantization=none",
+        "evaluation.every=0", "reward.classifiers=[{name: lab-linear, kind: linear, model: 'lab:linear'}]",
     ]  # fmt: skip
     code = f"""
 from detox_ray import load_config, train

@@ -71,13 +71,18 @@ def client(address: str, api_config: ApiConfig) -> Iterator[httpx.Client]:
     serve.delete("api")
 
 
+def serve_as(name: str, classifiers: list[ClassifierConfig], **tree: Any) -> None:
+    """Serve a configuration under /name, in place of what was there."""
+    reward = RewardConfig(classifiers=classifiers, retries=0)
+    serve.run(build_http_app(ApiConfig.model_validate({"reward": reward, **tree})), name=name, route_prefix=f"/{name}")
+
+
 @pytest.fixture
 def deploy(address: str) -> Iterator[Callable[..., str]]:
     """Serves a configuration for one test; returns its address."""
 
     def deploy(classifiers: list[ClassifierConfig], **tree: Any) -> str:
-        reward = RewardConfig(classifiers=classifiers, retries=0)
-        serve.run(build_http_app(ApiConfig.model_validate({"reward": reward, **tree})), name="one", route_prefix="/one")
+        serve_as("one", classifiers, **tree)
         return f"{address}/one"
 
     yield deploy

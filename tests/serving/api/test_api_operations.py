@@ -20,7 +20,7 @@ from ray import serve
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.http_api import build_http_app
 
-from .conftest import linear
+from .conftest import linear, serve_as
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("local_ray")]
 
@@ -163,16 +163,23 @@ def wait_for(answers: list, more: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="module")
+def rude(address: str) -> Iterator[str]:
+    """The address of one service for all that follows: its replicas are killed, then it is updated."""
+    serve_as("rude", [linear("rude_words", "faulty:rude_words")], cache_texts=0)
+    yield f"{address}/rude"
+    serve.delete("rude")
+
+
 def kill_replica(deployment: str) -> None:
-    title = f"ServeReplica:one:{deployment}"
+    title = f"ServeReplica:rude:{deployment}"
     [process] = [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
     process.kill()
 
 
 @pytest.mark.parametrize("deployment", ["classifier-rude_words", "ensemble"])
-def test_a_killed_replica_under_load_costs_only_time(deploy: Callable[..., str], deployment: str) -> None:
-    address = deploy([linear("rude_words", "faulty:rude_words")], cache_texts=0)
-    with load(address, {"text": RUDE}) as answers:
+def test_a_killed_replica_under_load_costs_only_time(rude: str, deployment: str) -> None:
+    with load(rude, {"text": RUDE}) as answers:
         wait_for(answers, 20)
         kill_replica(deployment)
         wait_for(answers, 40)
@@ -180,9 +187,8 @@ def test_a_killed_replica_under_load_costs_only_time(deploy: Callable[..., str],
     assert set(answers) == {(200, "0.100")}
 
 
-def test_a_killed_http_replica_fails_only_what_it_held(deploy: Callable[..., str]) -> None:
-    address = deploy([linear("rude_words", "faulty:rude_words")], cache_texts=0)
-    with load(address, {"text": RUDE}, threads=4) as answers:
+def test_a_killed_http_replica_fails_only_what_it_held(rude: str) -> None:
+    with load(rude, {"text": RUDE}, threads=4) as answers:
         wait_for(answers, 20)
         kill_replica("toxicity-api")
         wait_for(answers, 40)
@@ -193,14 +199,11 @@ def test_a_killed_http_replica_fails_only_what_it_held(deploy: Callable[..., str
     assert {score for status, score in answers if status == 200} == {"0.100"}
 
 
-def test_an_update_under_load_fails_no_request(deploy: Callable[..., str]) -> None:
-    members = [linear("rude_words", "faulty:rude_words")]
-    address = deploy(members, cache_texts=0)
-    with load(address, {"text": RUDE}) as answers:
+def test_an_update_under_load_fails_no_request(rude: str) -> None:
+    members = [linear("rude_words", "faulty:rude_words"), linear("constant", "faulty:constant")]
+    with load(rude, {"text": RUDE}) as answers:
         wait_for(answers, 20)
-        deploy(members, cache_texts=0, batching={"texts": 8})
-        wait_for(answers, 20)
-        deploy([*members, linear("constant", "faulty:constant")], cache_texts=0)
+        serve_as("rude", members, cache_texts=0, batching={"texts": 8})
         wait_for(answers, 20)
     assert {status for status, _ in answers} == {200}
     # One member before, the mean of two after.

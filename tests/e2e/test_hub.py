@@ -23,7 +23,7 @@ Found = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def folders(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     """Repositories: name -> revision -> folder; whatever can be loaded differs between the revisions."""
-    sys.path.insert(0, str(Path(__file__).parent / "rewards"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "rewards"))
     from tiny_classifier import save_tiny_classifier
 
     root = tmp_path_factory.mktemp("hub")
