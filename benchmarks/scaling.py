@@ -40,8 +40,7 @@ from scaling_workers import (
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config import RolloutConfig, ShapingConfig
 from detox_ray.policy.adapter import Adapter, content_digest
-from detox_ray.policy.policy import Canary
-from detox_ray.records import Prompt
+from detox_ray.records import Canary, Prompt
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream
 from detox_ray.schedule import Schedule

@@ -54,6 +54,14 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """Fixed prefixes and the policy's next-token log-probabilities for them: [K, V] float32."""
+
+    prefixes: list[list[int]]
+    logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
 class Score:
     """What the reward ensemble says of one response; higher is less toxic.
 

@@ -20,7 +20,8 @@ from detox_ray.data.lab import resolve_lab
 from detox_ray.data.templates import start_ids
 from detox_ray.errors import DataError, ModelError
 from detox_ray.metrics_file import ADAPTER_FOLDER, FINE_TUNING_FILE
-from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE, put_adapters
+from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE
+from detox_ray.policy.adapter_weights import put_adapters
 from detox_ray.policy.load import (
     compute_dtype,
     load_base,

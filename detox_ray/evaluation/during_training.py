@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from ray.exceptions import RayError
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.records import Prompt, Rollout, Sampling
-from detox_ray.rewards.classifiers import Classifier, load_classifier
+from detox_ray.rewards.classifiers import load_classifier
 from detox_ray.rollout.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -27,6 +26,7 @@ class HeldoutEvaluation:
     prompts: Sequence[Prompt]
     samples: int
     sampling: Sampling
+    _judge: Any = None
     _under_way: list[Any] = field(default_factory=list)
 
     def start(self, pool: WorkerPool, step: int, reward: float) -> None:
@@ -35,12 +35,14 @@ class HeldoutEvaluation:
         `reward` is the training batch's, kept beside the judge's numbers.
         """
         parts = pool.submit(self.prompts, self.samples, self.sampling)
-        self._under_way.append(_judged.remote(self.judge, step, reward, *(part.reference for part in parts)))
+        if self._judge is None:
+            self._judge = ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote(self.judge)
+        self._under_way.append(self._judge.judged.remote(step, reward, *(part.reference for part in parts)))
 
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
         """What has been judged since the last call, in the order of the steps; with `wait`, all of it.
 
-        An evaluation whose worker died is left out.
+        An evaluation whose worker or judge died is left out.
         """
         if not self._under_way:
             return []
@@ -56,20 +58,21 @@ class HeldoutEvaluation:
         return sorted(lines, key=lambda line: line["step"])
 
 
-@ray.remote(num_cpus=0)
-def _judged(judge: ClassifierConfig, step: int, reward: float, *parts: list[Rollout]) -> dict[str, float]:
-    rollouts = [rollout for part in parts for rollout in part]
-    toxicity = np.asarray(_classifier(judge.model_dump_json()).toxicity([r.text for r in rollouts]))
-    return {
-        "step": step,
-        "mean_toxicity": float(toxicity.mean()),
-        "share_toxic": float((toxicity >= TOXIC_THRESHOLD).mean()),
-        "mean_length": float(np.mean([len(r.response_ids) for r in rollouts])),
-        "reward": reward,
-        "responses": len(rollouts),
-    }
+class Judge:
+    """The actor that scores the answers, one evaluation after the other."""
 
+    def __init__(self, judge: ClassifierConfig) -> None:
+        self._classifier = load_classifier(judge)
 
-@cache
-def _classifier(judge: str) -> Classifier:
-    return load_classifier(ClassifierConfig.model_validate_json(judge))
+    def judged(self, step: int, reward: float, *parts: list[Rollout]) -> dict[str, float]:
+        """The line of `evaluations.jsonl`."""
+        rollouts = [rollout for part in parts for rollout in part]
+        toxicity = np.asarray(self._classifier.toxicity([r.text for r in rollouts]))
+        return {
+            "step": step,
+            "mean_toxicity": float(toxicity.mean()),
+            "share_toxic": float((toxicity >= TOXIC_THRESHOLD).mean()),
+            "mean_length": float(np.mean([len(r.response_ids) for r in rollouts])),
+            "reward": reward,
+            "responses": len(rollouts),
+        }

@@ -16,9 +16,8 @@ from detox_ray.learner.distributed import world
 from detox_ray.learner.ppo import PPO
 from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, append_metrics
 from detox_ray.policy.adapter import Adapter
-from detox_ray.policy.policy import Canary
 from detox_ray.ppo_config import DivergenceConfig
-from detox_ray.records import Rollout
+from detox_ray.records import Canary, Rollout
 
 logger = logging.getLogger(__name__)
 

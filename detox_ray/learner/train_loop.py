@@ -27,8 +27,8 @@ from detox_ray.metrics_file import (
     cut_metrics,
 )
 from detox_ray.policy.adapter import Adapter
-from detox_ray.policy.policy import Canary, Policy
-from detox_ray.records import Rollout
+from detox_ray.policy.policy import Policy
+from detox_ray.records import Canary, Rollout
 from detox_ray.run_folder import log_to
 from detox_ray.tracking.tracker import JUDGE, open_tracker
 

@@ -15,7 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
-from detox_ray.policy.adapter import Adapter, check_fits, load_adapter, read_weights, write_weights
+from detox_ray.policy.adapter import Adapter, load_adapter
+from detox_ray.policy.adapter_weights import check_fits, read_weights, write_weights
 from detox_ray.policy.architecture import (
     adapter_task,
     language_model_class,
@@ -27,17 +28,10 @@ from detox_ray.policy.load import check_quantization, is_conv1d, load_base, load
 from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.sharding import shard_blocks
 from detox_ray.policy.tokens import token_logprobs
+from detox_ray.records import Canary
 
 CANARY_LENGTH = 150  # more than vLLM's largest block, so that a stale cached block shows
 TRAINED, REFERENCE = "default", "reference"  # the names PEFT knows the adapters by
-
-
-@dataclass(frozen=True)
-class Canary:
-    """Fixed prefixes and the policy's next-token log-probabilities for them: [K, V] float32."""
-
-    prefixes: list[list[int]]
-    logprobs: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detox_ray.config import PolicyConfig
-from detox_ray.policy.adapter import put_adapters
+from detox_ray.policy.adapter_weights import put_adapters
 from detox_ray.policy.load import load_base
 
 # What PEFT calls a row without an adapter.

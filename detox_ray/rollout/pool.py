@@ -15,8 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import DetoxError, ModelError, SyncError
 from detox_ray.policy.adapter import Adapter
-from detox_ray.policy.policy import Canary
-from detox_ray.records import Prompt, Rollout, Sampling
+from detox_ray.records import Canary, Prompt, Rollout, Sampling
 from detox_ray.rollout.worker import Acknowledgement
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ import ray
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter
-from detox_ray.policy.policy import Canary
-from detox_ray.records import Prompt, Rollout, Sampling, Score
+from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
 from detox_ray.rollout.pool import Part, WorkerPool
 
 PromptSchedule = Callable[[int], Sequence[Prompt]]

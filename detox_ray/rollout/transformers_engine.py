@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from detox_ray.errors import ModelError, SyncError
 from detox_ray.hub import why_not_loaded
-from detox_ray.policy.adapter import Adapter, write_weights
+from detox_ray.policy.adapter import Adapter
+from detox_ray.policy.adapter_weights import write_weights
 from detox_ray.policy.architecture import language_model_class, next_token_logits
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import CANARY_TOP, EngineSpec

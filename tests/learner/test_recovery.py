@@ -19,10 +19,10 @@ from detox_ray.learner.train_loop import LearnerTask, healthy_step
 from detox_ray.learner_config import TrainConfig
 from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, STEPS_FILE
 from detox_ray.policy.adapter import Adapter, load_adapter
-from detox_ray.policy.policy import Canary, Policy
+from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.ppo_config import DivergenceConfig, PPOConfig
-from detox_ray.records import Rollout
+from detox_ray.records import Canary, Rollout
 
 pytestmark = pytest.mark.unit
 

@@ -21,8 +21,8 @@ from detox_ray.errors import SyncError
 from detox_ray.plan import plan_engine, with_dequantized_base
 from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.policy.load import write_dequantized_base
-from detox_ray.policy.policy import Canary, Policy, canary_of
-from detox_ray.records import Prompt, Rollout, Sampling
+from detox_ray.policy.policy import Policy, canary_of
+from detox_ray.records import Canary, Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import canary_gaps
 from detox_ray.rollout.worker import start_workers, stop_workers

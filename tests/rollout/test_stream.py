@@ -16,8 +16,8 @@ from hung_process import stop_when_seen
 from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
 from detox_ray.errors import ModelError, SyncError
 from detox_ray.policy.adapter import Adapter
-from detox_ray.policy.policy import Canary, Policy
-from detox_ray.records import Prompt, Rollout, Sampling, Score
+from detox_ray.policy.policy import Policy
+from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import WorkerPool, is_stale
 from detox_ray.rollout.stream import RolloutStream
