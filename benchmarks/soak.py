@@ -37,7 +37,7 @@ ROLES = {
     "driver": "bin/detox-ray",
 }
 ENDS_THE_COMMAND = ("node", "driver")  # and costs a start from nothing, so it happens less often than the others
-STOPPABLE = ("rollout worker", "classifier", "learner", "train controller")
+STOPPABLE = ("rollout worker", "classifier", "serve controller", "learner", "train controller")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # outlive a killed driver by a minute or two
 
 
@@ -62,7 +62,7 @@ class Soak:
             "train.timeout_s": TIMEOUT_S,
             "rollout.timeout_s": TIMEOUT_S,
             "rollout.start_timeout_s": START_TIMEOUT_S,
-            "reward.timeout_s": TIMEOUT_S,
+            "reward.timeout_s": 2 * TIMEOUT_S,  # Serve's controller: half of it
             "reward.start_timeout_s": START_TIMEOUT_S,
             "reward.retries": 10,
             "reward.calibration_prompts": 32,

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 
 from detox_ray.errors import DetoxError
+from detox_ray.hung_actor import kill_when_hung
 from detox_ray.learner_config import LearnerConfig
 from detox_ray.run_folder import RunFolder
 
@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# How often Ray Train's controller is asked for a sign of life, and how long it may be busy starting the learners.
-CONTROLLER_POLL_S = 5.0
+# How long Ray Train's controller may be busy starting the learners.
 WORKER_GROUP_START_S = 60.0
 # Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
 # times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
@@ -97,17 +96,8 @@ class _Trainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller: Any) -> None:
         super()._register_sigint_handler(controller)
-        threading.Thread(target=self._kill_when_hung, args=(controller,), daemon=True).start()
-
-    def _kill_when_hung(self, controller: Any) -> None:
-        answer, asked = controller.__ray_ready__.remote(), time.monotonic()
-        while not self._ended.wait(CONTROLLER_POLL_S):
-            if ray.wait([answer], timeout=0)[0]:
-                answer, asked = controller.__ray_ready__.remote(), time.monotonic()
-            elif time.monotonic() - asked > self._timeout_s:
-                logger.warning("Ray Train's controller has not answered for %.0f s and is killed", self._timeout_s)
-                ray.kill(controller)
-                return
+        watched = (controller, "Ray Train's controller", self._timeout_s, self._ended)
+        threading.Thread(target=kill_when_hung, args=watched, daemon=True).start()
 
 
 def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> TorchTrainer:

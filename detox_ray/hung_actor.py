@@ -1,0 +1,31 @@
+"""An actor that hangs without dying: Ray and who asks it would wait for ever, so somebody has to look."""
+
+import logging
+import threading
+import time
+from typing import Any
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 5.0
+
+
+def kill_when_hung(
+    actor: Any, name: str, timeout_s: float, ended: threading.Event, restart_s: float | None = None
+) -> None:
+    """Kill an asyncio actor that does not answer for `timeout_s`; returns once that happened, or `ended` is set.
+
+    With `restart_s` Ray starts it anew, which may take so long, and it is watched on.
+    """
+    answer, asked = actor.__ray_ready__.remote(), time.monotonic()
+    while not ended.wait(POLL_S):
+        if ray.wait([answer], timeout=0)[0]:
+            answer, asked = actor.__ray_ready__.remote(), time.monotonic()
+        elif time.monotonic() - asked > timeout_s:
+            logger.warning("%s has not answered for %.0f s and is killed", name, timeout_s)
+            ray.kill(actor, no_restart=restart_s is None)
+            if restart_s is None:
+                return
+            answer, asked = actor.__ray_ready__.remote(), time.monotonic() + restart_s
