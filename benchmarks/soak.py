@@ -62,7 +62,7 @@ class Soak:
             "train.timeout_s": TIMEOUT_S,
             "rollout.timeout_s": TIMEOUT_S,
             "rollout.start_timeout_s": START_TIMEOUT_S,
-            "reward.timeout_s": 2 * TIMEOUT_S,  # Serve's controller: half of it
+            "reward.timeout_s": 2 * TIMEOUT_S,  # half of it for Serve's controller
             "reward.start_timeout_s": START_TIMEOUT_S,
             "reward.retries": 10,
             "reward.calibration_prompts": 32,

@@ -26,7 +26,7 @@ class HeldoutEvaluation:
     prompts: Sequence[Prompt]
     samples: int
     sampling: Sampling
-    _judge: Any = None
+    _actor: Any = None
     _under_way: list[Any] = field(default_factory=list)
 
     def start(self, pool: WorkerPool, step: int, reward: float) -> None:
@@ -35,9 +35,9 @@ class HeldoutEvaluation:
         `reward` is the training batch's, kept beside the judge's numbers.
         """
         parts = pool.submit(self.prompts, self.samples, self.sampling)
-        if self._judge is None:
-            self._judge = ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote(self.judge)
-        self._under_way.append(self._judge.judged.remote(step, reward, *(part.reference for part in parts)))
+        if self._actor is None:
+            self._actor = ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote(self.judge)
+        self._under_way.append(self._actor.judged.remote(step, reward, *(part.reference for part in parts)))
 
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
         """What has been judged since the last call, in the order of the steps; with `wait`, all of it.
