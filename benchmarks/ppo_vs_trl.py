@@ -1,11 +1,11 @@
 """End-to-end PPO samples a second: a real `detox-ray train` run against TRL's PPOTrainer, in turn, in one command.
 
-    python benchmarks/ppo_vs_trl.py [--model FOLDER] [--data FILE] [--steps N] [--rounds N] [--quick] [--same-allocator]
+    python benchmarks/ppo_vs_trl.py [--model FOLDER] [--data FILE] [--steps N] [--rounds N] [--bf16] [--same-allocator]
 
 TRL 1.12.0 is the last with a PPOTrainer (`trl.experimental.ppo`). It gets an environment of its own, `.venv-trl`, made
 here when missing. Both sides have:
 
-    the same policy, float32, no quantisation, LoRA r=16 on all linear layers, dropout 0
+    the same policy, float32 or with --bf16 bfloat16, no quantisation, LoRA r=16 on all linear layers, dropout 0
     the same prompts as token ids, each used once; batches of 64; 20 new tokens each, the end token off; temperature 1
     4 epochs x 4 minibatches of 16 rows, 16 optimiser steps a batch, the same learning rate, KL coefficient and lambda
     the same reward model of the policy's size, with a random head, on prompt + response
@@ -22,12 +22,13 @@ What differs, because it is how each is made:
     proximal    TRL takes the sampler's log-probs. Ours computes them again, for the importance weight.
     prompts     TRL pads each batch to its longest prompt. Ours sorts by length and pads only within a minibatch.
     clipping    ours clips gradients, TRL 1.12 does not.
+    --bf16      TRL: its option, float32 weights under autocast. Ours: policy.compute_dtype, a bfloat16 base and engine.
     end token   TRL may sample it and goes on; ours cannot sample it.
     allocator   ours sets glibc's allocator not to give memory back (part of the product); TRL runs with the
                 environment as it is, unless --same-allocator gives it the same settings.
     order       the same prompts in each run, batched in an order of its own.
 
-TRL is set as fast as its options allow here: no gradient checkpointing, no bf16 emulation, one forward pass a
+TRL is set as fast as its options allow here: no gradient checkpointing, one forward pass a
 minibatch, no logging to services, no sample generations.
 """
 
@@ -78,6 +79,7 @@ def main() -> None:
         "machine": facts,
         "model": Path(task["model"]).name,
         "same_allocator": options.same_allocator,
+        "bf16": options.bf16,
         "measured_steps": options.steps,
         "warmup_steps": options.warmup,
         "batch": BATCH,
@@ -102,6 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turn (2)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of our configuration")
     parser.add_argument("--same-allocator", action="store_true", help="give TRL our glibc allocator settings")
+    parser.add_argument("--bf16", action="store_true", help="both sides compute in bfloat16")
     parser.add_argument("--quick", action="store_true", help="2 measured steps, 1 round: does it work?")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ppo_vs_trl.json"), help="the JSON file")
     options = parser.parse_args()
@@ -129,6 +132,7 @@ def _config(options: argparse.Namespace, scratch: Path) -> Any:
             "policy": {
                 "model": str(Path(options.model).resolve()) if options.model else str(lab_path("policy")),
                 "quantization": "none",
+                "compute_dtype": "bfloat16" if options.bf16 else "float32",
                 "lora": {"rank": LORA_RANK, "alpha": 2 * LORA_RANK},
             },
             "rollout": {"workers": 2, "num_cpus": 0.4, "max_new_tokens": NEW_TOKENS, "fixed_length": True},
@@ -183,6 +187,7 @@ def _prepare(options: argparse.Namespace, config: Any, scratch: Path) -> dict[st
         "lora_rank": LORA_RANK,
         "kl_coefficient": KL_COEFFICIENT,
         "threads": THREADS,
+        "bf16": options.bf16,
     }
 
 

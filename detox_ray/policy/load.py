@@ -141,6 +141,7 @@ def load_base(config: PolicyConfig, device: torch.device, loaded_on: torch.devic
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": loaded_on or device},
+            attn_implementation=_attention(device, dtype),
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_load("model", config.model, error)) from None
@@ -151,6 +152,11 @@ def load_base(config: PolicyConfig, device: torch.device, loaded_on: torch.devic
         )
     _keep_gradients_right_on_cpu(model)
     return model.requires_grad_(False)
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None for the model's own choice, which on CPU has a slow backward pass in bfloat16 (torch 2.13)."""
+    return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else None
 
 
 def is_conv1d(module: nn.Module) -> bool:

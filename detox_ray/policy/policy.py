@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -172,10 +173,28 @@ def attach_adapter(base: PreTrainedModel, config: PolicyConfig) -> PeftModel:
         base_model_name_or_path=config.model,
     )
     try:
-        return get_peft_model(base, lora)
+        model = get_peft_model(base, lora)
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"policy.lora.targets={config.lora.targets}: {reason}") from None
+    _compute_as_base(model)
+    return model
+
+
+class _AdapterLinear(nn.Linear):
+    """Computes in the precision of its input; the weight itself stays in float32, for the optimiser."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+def _compute_as_base(model: PeftModel) -> None:
+    """Have adapters compute in the base's precision, where PEFT copies every input to float32 for them."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                factor.__class__ = _AdapterLinear
 
 
 def _require_targets(base: PreTrainedModel, targets: str | list[str]) -> None:
@@ -199,6 +218,7 @@ def add_frozen_adapter(model: PeftModel, adapter: Adapter, name: str) -> None:
     model.add_adapter(name, copy.deepcopy(model.peft_config[TRAINED]))
     tensors = {key: torch.from_numpy(np.array(tensor)) for key, tensor in adapter.tensors.items()}
     set_peft_model_state_dict(model, tensors, adapter_name=name)
+    _compute_as_base(model)
     model.set_adapter(TRAINED)
 
 

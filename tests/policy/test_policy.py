@@ -11,7 +11,8 @@ from tuned_policies import CPU, assert_rows_close, batch, plain_base, policy_of
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.errors import ModelError
 from detox_ray.policy.adapter import content_digest, load_adapter, save_adapter
-from detox_ray.policy.load import load_tokenizer, write_dequantized_base
+from detox_ray.policy.architecture import response_logits
+from detox_ray.policy.load import load_base, load_tokenizer, write_dequantized_base
 from detox_ray.policy.policy import Policy, canary_of, check_adapter
 from detox_ray.policy.sequences import Sequences
 
@@ -78,6 +79,46 @@ def test_nf4_gradients_point_where_those_of_the_dequantised_base_do(tiny_model: 
         policy(batch()).logprobs.sum().backward()
         flat.append(torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
     assert torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_in_bfloat16_the_adapter_computes_as_the_base_does_and_trains_in_float32(
+    tiny_model: str, tmp_path: Path, quantization: str
+) -> None:
+    """As near to float32's gradients as PEFT's own, which computes the adapter in float32."""
+    policy = policy_of(tiny_model, quantization, compute_dtype="bfloat16")
+    made: set[torch.dtype] = set()
+    for name, module in policy.named_modules():
+        if name.endswith(("lora_A.default", "lora_B.default")):
+            module.register_forward_hook(lambda module, inputs, output: made.add(output.dtype))
+    policy(batch()).logprobs.sum().backward()
+    assert made == {torch.bfloat16}
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
+
+    exact = policy_of(tiny_model, quantization)
+    exact(batch()).logprobs.sum().backward()
+    save_adapter(exact.adapter(0), tmp_path / "adapter")
+    config = PolicyConfig(model=tiny_model, quantization=quantization, compute_dtype="bfloat16")
+    peft = PeftModel.from_pretrained(load_base(config, CPU), str(tmp_path / "adapter"), is_trainable=True)
+    mask = batch().response_mask()
+    logprobs = response_logits(peft, batch())[mask].float().log_softmax(1)
+    logprobs.gather(1, batch().response_ids()[mask][:, None]).sum().backward()
+
+    flat = [
+        torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "lora_" in name])
+        for model in (exact, policy, peft)
+    ]
+    ours, theirs = (torch.nn.functional.cosine_similarity(flat[0], other, dim=0) for other in flat[1:])
+    assert ours > theirs - 0.02
+    assert theirs > (0.95 if quantization == "none" else 0.8)  # of a random model, which magnifies every rounding
+
+
+def test_in_bfloat16_the_frozen_reference_computes_as_the_base_does(tiny_model: str, tmp_path: Path) -> None:
+    save_adapter(policy_of(tiny_model).adapter(0), tmp_path / "adapter")
+    start = {"adapter": str(tmp_path / "adapter"), "reference": "adapter", "compute_dtype": "bfloat16"}
+    policy = policy_of(tiny_model, random_adapter=False, **start)
+    with torch.no_grad():
+        assert torch.equal(policy(batch(), reference=True).logprobs, policy(batch()).logprobs)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_model: str) -> None:
