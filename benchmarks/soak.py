@@ -1,6 +1,6 @@
 """Kill and stop the processes of real runs at random moments, and check that nothing was lost.
 
-    .venv/bin/python benchmarks/soak.py OUTPUT --faults 100
+    .venv/bin/python benchmarks/soak.py OUTPUT --faults 100 [--roles ROLE ...]
 
 Lab runs follow each other until the faults are used up; a run whose driver ended is started again with the same
 command. After each run: every step once in metrics.jsonl, the adapter's step count never went back, evaluation and
@@ -49,6 +49,7 @@ class Soak:
     steps: int
     faults: int
     pause_s: float
+    roles: list[str]
     random: random.Random
     done: int = 0
 
@@ -106,8 +107,8 @@ class Soak:
 
     def draw(self) -> tuple[float, str]:
         """When the next fault is due, on the monotonic clock, and whom it befalls."""
-        weights = [0.4 if role in ENDS_THE_COMMAND else 1.0 for role in ROLES]
-        role = self.random.choices(list(ROLES), weights)[0]
+        weights = [0.4 if role in ENDS_THE_COMMAND else 1.0 for role in self.roles]
+        role = self.random.choices(self.roles, weights)[0]
         return time.monotonic() + self.random.uniform(0, 2 * self.pause_s), role
 
     def strike(self, driver: psutil.Process, name: str, role: str) -> bool:
@@ -172,12 +173,15 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--steps", type=int, default=40, help="of each run")
     parser.add_argument("--pause-s", type=float, default=20.0, help="mean time between faults")
+    parser.add_argument(
+        "--roles", nargs="+", choices=ROLES, default=list(ROLES), metavar="ROLE", help="whom they befall"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output = options.output.resolve()
     options.output.mkdir(parents=True, exist_ok=True)  # it may hold the undisturbed run already
     print(describe(machine([])), flush=True)
-    soak = Soak(options.output, options.steps, 0, options.pause_s, random.Random(options.seed))
+    soak = Soak(options.output, options.steps, 0, options.pause_s, options.roles, random.Random(options.seed))
     expected = soak.run("undisturbed")
     soak.faults = options.faults
     runs = 0

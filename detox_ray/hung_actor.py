@@ -17,9 +17,9 @@ def kill_when_hung(
 ) -> None:
     """Kill an asyncio actor that does not answer for `timeout_s`; returns once that happened, or `ended` is set.
 
-    With `restart_s` Ray starts it anew, which may take so long, and it is watched on.
+    With `restart_s` Ray starts it anew, which may take so long, as may the start it is in, and it is watched on.
     """
-    answer, asked = actor.__ray_ready__.remote(), time.monotonic()
+    answer, asked = actor.__ray_ready__.remote(), time.monotonic() + (restart_s or 0.0)
     while not ended.wait(POLL_S):
         if ray.wait([answer], timeout=0)[0]:
             answer, asked = actor.__ray_ready__.remote(), time.monotonic()

@@ -21,6 +21,12 @@ TIMEOUT_S = 3
 
 @ray.remote(num_cpus=0)
 class Controller:
+    def __init__(self, hang_once: Path | None = None) -> None:
+        """With a file that does not exist the process stops right here, but not when it is started again."""
+        if hang_once is not None and not hang_once.exists():
+            hang_once.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
     async def process_id(self) -> int:
         return os.getpid()
 
@@ -66,7 +72,13 @@ def test_only_a_hung_actor_is_killed(watch: Watch, caplog: pytest.LogCaptureFixt
 def test_an_actor_that_restarts_is_watched_on(watch: Watch) -> None:
     controller = Controller.options(max_restarts=-1, max_task_retries=-1).remote()
     hung = ray.get(controller.process_id.remote())
-    thread = watch(controller, restart_s=60)
+    thread = watch(controller, restart_s=5)
     os.kill(hung, signal.SIGSTOP)
     assert ray.get(controller.process_id.remote(), timeout=120) != hung
     assert thread.is_alive()
+
+
+def test_an_actor_that_hangs_in_its_constructor_is_started_anew(watch: Watch, tmp_path: Path) -> None:
+    controller = Controller.options(max_restarts=-1, max_task_retries=-1).remote(tmp_path / "started")
+    watch(controller, restart_s=5)
+    assert ray.get(controller.process_id.remote(), timeout=120)

@@ -213,14 +213,23 @@ def serve_started(config: RewardConfig) -> Iterator[None]:
     A controller that does not answer for half of `reward.timeout_s` is killed, so that its successor, which Ray starts
     and which goes on with what there is, can still replace a lost replica before a scoring call gives up.
     """
-    serve.start(proxy_location="Disabled", logging_config=QUIET)
-    controller, ended = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE), threading.Event()
-    watched = (controller, "Serve's controller", config.timeout_s / 2, ended, CONTROLLER_RESTART_S)
-    threading.Thread(target=kill_when_hung, args=watched, daemon=True).start()
+    ended = threading.Event()
+    threading.Thread(target=_watch_controller, args=(config.timeout_s / 2, ended), daemon=True).start()
     try:
+        serve.start(proxy_location="Disabled", logging_config=QUIET)
         yield
     finally:
         ended.set()
+
+
+def _watch_controller(timeout_s: float, ended: threading.Event) -> None:
+    """`kill_when_hung` for Serve's controller, from the moment there is one: `serve.start` waits for it without end."""
+    while not ended.wait(1.0):
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            continue  # not yet
+        kill_when_hung(controller, "Serve's controller", timeout_s, ended, CONTROLLER_RESTART_S)
 
 
 def deploy_reward_app(config: RewardConfig, app_name: str) -> DeploymentHandle:
