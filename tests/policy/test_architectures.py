@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, save_family
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from tuned_policies import policy_of
 
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.policy.adapter import save_adapter
@@ -48,3 +49,17 @@ def test_logprobs_and_merged_weights_are_those_of_peft(family: str, tmp_path: Pa
                 logprobs = model.eval()(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             expected = logprobs.gather(1, ids[len(prompt) :, None])[:, 0]
             assert torch.allclose(row[: len(response)], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_computes_nearly_the_same_and_has_gradients(family: str, tmp_path: Path) -> None:
+    model = save_family(family, tmp_path / "base")
+    rng = np.random.default_rng(0)
+    sequences = collate([rng.integers(2, 96, n) for n in (3, 20)], [rng.integers(2, 96, n) for n in (9, 2)], 1)
+    half, full = (policy_of(model, compute_dtype=dtype) for dtype in ("bfloat16", "float32"))
+    logprobs = half(sequences).logprobs
+    logprobs.sum().backward()
+    with torch.no_grad():
+        gap = (logprobs - full(sequences).logprobs)[sequences.response_mask()].abs()
+    assert gap.mean() < 0.05
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in half.adapter_parameters())
