@@ -22,7 +22,8 @@ from detox_ray.rollout.stream import RolloutStream, sampling_of
 from detox_ray.run_copy import kept
 from detox_ray.schedule import Schedule
 from detox_ray.serving.app_guard import guard_app
-from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app, serve_started
+from detox_ray.serving.controller_watch import controller_watched
+from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
 from detox_ray.serving.reward_client import RewardClient, fit_and_apply_calibration
 from detox_ray.serving.scorer import RolloutScorer
 from detox_ray.terminal import Terminal
@@ -97,7 +98,8 @@ def reward_app(plan: Plan) -> Iterator[RewardConfig]:
     """The reward ensemble on Serve; yields the reward's configuration, calibrated if the run did that before."""
     if cluster_address(plan.config.ray) is not None:
         guard_app(plan.app_name)
-    with serve_started(plan.config.reward):
+    # Twice as patient as the watch, a scoring call waits until the controller is back and replaces a lost replica.
+    with controller_watched(plan.config.reward.timeout_s / 2):
         deploy_reward_app(plan.config.reward, plan.app_name)
         try:
             yield plan.run.read_calibrated() or plan.config.reward

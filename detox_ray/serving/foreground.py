@@ -12,6 +12,8 @@ from detox_ray.cluster import OBJECT_STORE_BYTES, cluster_address
 from detox_ray.config import RayConfig
 from detox_ray.errors import ConfigError
 
+CONTROLLER_TIMEOUT_S = 30.0  # after which a Serve controller that does not answer is killed and started anew
+
 
 @contextmanager
 def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s: float | None) -> Iterator[str]:
@@ -26,6 +28,7 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
     from ray import serve
 
     from detox_ray.serving.app_guard import is_serve_running
+    from detox_ray.serving.controller_watch import controller_watched
 
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -43,8 +46,9 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     found = is_serve_running()
     try:
-        serve.start(http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s})
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        with controller_watched(CONTROLLER_TIMEOUT_S):
+            serve.start(http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s})
+            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
         if ours and (address == "local" or not (found or serve.status().applications)):
             serve.shutdown()

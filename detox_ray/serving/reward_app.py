@@ -8,17 +8,14 @@ import asyncio
 import logging
 import math
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ApplicationStatus
@@ -26,7 +23,6 @@ from ray.serve.schema import ApplicationStatus
 from detox_ray.classifier_config import Calibration, ClassifierConfig
 from detox_ray.config import RewardConfig
 from detox_ray.errors import RewardError
-from detox_ray.hung_actor import kill_when_hung
 from detox_ray.records import Readings, Score
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rewards.ensemble import (
@@ -48,7 +44,6 @@ ENSEMBLE = "ensemble"
 REPLICA_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 START_TIMEOUT_S = 900.0
-CONTROLLER_RESTART_S = 60.0  # within which Serve's controller is back after a kill
 
 
 class NotStartedError(RewardError):
@@ -204,32 +199,6 @@ def build_reward_app(
         **_lifecycle(drain_s),
         ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
     )(EnsembleDeployment).bind(config, members)
-
-
-@contextmanager
-def serve_started(config: RewardConfig) -> Iterator[None]:
-    """Serve, without proxies, so that no port opens, unless it already runs on this Ray; it is left running.
-
-    A controller that does not answer for half of `reward.timeout_s` is killed, so that its successor, which Ray starts
-    and which goes on with what there is, can still replace a lost replica before a scoring call gives up.
-    """
-    ended = threading.Event()
-    threading.Thread(target=_watch_controller, args=(config.timeout_s / 2, ended), daemon=True).start()
-    try:
-        serve.start(proxy_location="Disabled", logging_config=QUIET)
-        yield
-    finally:
-        ended.set()
-
-
-def _watch_controller(timeout_s: float, ended: threading.Event) -> None:
-    """`kill_when_hung` for Serve's controller, from the moment there is one: `serve.start` waits for it without end."""
-    while not ended.wait(1.0):
-        try:
-            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        except ValueError:
-            continue  # not yet
-        kill_when_hung(controller, "Serve's controller", timeout_s, ended, CONTROLLER_RESTART_S)
 
 
 def deploy_reward_app(config: RewardConfig, app_name: str) -> DeploymentHandle:

@@ -39,7 +39,7 @@ def config(tiny_classifier: Path) -> RewardConfig:
                 name="words", kind="linear", model="profanity_check:predict_prob", calibration="none", replicas=2
             ),
         ],
-        timeout_s=60,
+        timeout_s=180,
     )
 
 
