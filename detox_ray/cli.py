@@ -251,7 +251,10 @@ def serve(
     from detox_ray.serving.api_config import load_api_config
     from detox_ray.serving.serve_api import serve_api
 
-    serve_api(load_api_config(config, overrides or []), on_ready=lambda address: typer.echo(f"{address}/docs"))
+    changes = overrides or []
+    if config is not None and "=" in str(config) and not config.is_file():
+        config, changes = None, [str(config), *changes]
+    serve_api(load_api_config(config, changes), on_ready=lambda address: typer.echo(f"{address}/docs"))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
 from detox_ray.evaluation.perplexity import load_reference_model
 from detox_ray.placement import check_placements, placements
+from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import (
     compute_dtype,
     end_token_ids,
@@ -65,6 +66,8 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     check_usable(config.run_dir)
     if cluster_address(config.ray) is None:
         check_placements(placements(config), local_capacity(config.ray))
+        if config.train.compile:
+            check_compiler()
     given = config.with_absolute_paths()
     config = with_lab(given, terminal)
     check_tracking(config.tracking)

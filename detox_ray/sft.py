@@ -13,6 +13,7 @@ from detox_ray.learner.sft_loop import TuningTask, sft_loop
 from detox_ray.metrics_file import DEV_PROMPTS_FILE, FINE_TUNING_FILE, write_atomically
 from detox_ray.placement import check_placements, learner_placement
 from detox_ray.plan import with_lab
+from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
 from detox_ray.run_copy import kept
@@ -92,6 +93,8 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     check_usable(config.run_dir)
     if cluster_address(config.ray) is None:
         check_placements([learner_placement(config.train)], local_capacity(config.ray))
+        if config.train.compile:
+            check_compiler()
     check_tracking(config.tracking)
     given = config.with_absolute_paths()
     config = with_lab(given, terminal)

@@ -108,6 +108,11 @@ def test_no_vllm(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "vLLM is not installed; install" in refused("rollout.engine=vllm")
 
 
+def test_no_compiler(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler here; install it" in refused("train.compile=true")
+
+
 def test_a_ray_address_that_does_not_answer(refused: Refused) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -50,7 +50,7 @@ def sft_loop(task: TuningTask) -> None:
 def _tune(task: TuningTask) -> None:
     config, run_dir, train = task.config, Path(task.run_dir), task.config.train
     torch.set_num_threads(train.threads)
-    policy = Policy(config.policy, get_device(), config.seed, train.shard_base)
+    policy = Policy(config.policy, get_device(), config.seed, train.shard_base, train.compile)
     sft = SFT(policy, train, train.microbatch_tokens, task.pad_id, task.total_steps, config.seed)
     batches = BucketedBatches(task.train, train.batch_size, config.seed)
     dev = share_of(task.dev)

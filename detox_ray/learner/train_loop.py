@@ -87,7 +87,7 @@ def train_loop(task: LearnerTask) -> None:
 def _train(task: LearnerTask) -> None:
     config, run_dir, stream = task.config, Path(task.run_dir), task.stream
     torch.set_num_threads(config.train.threads)
-    policy = Policy(config.policy, get_device(), config.seed, config.train.shard_base)
+    policy = Policy(config.policy, get_device(), config.seed, config.train.shard_base, config.train.compile)
     ppo = PPO(policy, config.ppo, _sampling_law(task), task.pad_id, config.train.total_steps, config.seed)
     first_step = resume(ppo, run_dir / CHECKPOINT_FOLDER)
     last_step = config.train.total_steps - 1

@@ -25,10 +25,11 @@ from detox_ray.policy.architecture import (
     next_token_logits,
     response_states,
 )
+from detox_ray.policy.compilation import check_compiler, compile_blocks
 from detox_ray.policy.load import check_quantization, is_conv1d, load_base, load_model_config
 from detox_ray.policy.sequences import Sequences
 from detox_ray.policy.sharding import shard_blocks
-from detox_ray.policy.tokens import token_logprobs
+from detox_ray.policy.tokens import chunk_logprobs, token_logprobs
 from detox_ray.records import Canary
 
 CANARY_LENGTH = 150  # more than vLLM's largest block, so that a stale cached block shows
@@ -51,13 +52,22 @@ class Policy(nn.Module):
     Trainable parameters are the adapter's and the value head's, in float32.
     """
 
-    def __init__(self, config: PolicyConfig, device: torch.device, seed: int = 0, shard_base: bool = False) -> None:
+    def __init__(
+        self,
+        config: PolicyConfig,
+        device: torch.device,
+        seed: int = 0,
+        shard_base: bool = False,
+        compiled: bool = False,
+    ) -> None:
         """Load the base and attach a fresh adapter (or `policy.adapter`) and a value head of zeros.
 
-        With `shard_base` it is spread over the learners, see `shard_blocks`.
+        With `shard_base` it is spread over the learners, see `shard_blocks`; with `compiled` the first passes take
+        minutes and the later ones less time, see `compile_blocks`.
 
         Raises:
             ModelError: the model cannot be loaded, or the adapter or its targets do not fit it.
+            ConfigError: it is to be compiled, and there is no compiler.
         """
         super().__init__()
         base = load_base(config, device, torch.device("cpu") if shard_base else device)
@@ -76,6 +86,11 @@ class Policy(nn.Module):
             self.load(start)
             if self._reference_adapter:
                 add_frozen_adapter(self.model, start, REFERENCE)
+        self._chunk_logprobs = chunk_logprobs
+        if compiled:
+            check_compiler()
+            compile_blocks(self.model)
+            self._chunk_logprobs = torch.compile(chunk_logprobs, dynamic=True)
         if shard_base:
             shard_blocks(self.model, device)
         self.train()
@@ -103,7 +118,13 @@ class Policy(nn.Module):
             predictors = response_states(base, sequences)[mask]
             head = language_model_head(base)
             flat_logprobs, flat_entropy = token_logprobs(
-                predictors, head, sequences.response_ids()[mask], temperature, suppressed, entropy
+                predictors,
+                head,
+                sequences.response_ids()[mask],
+                temperature,
+                suppressed,
+                entropy,
+                one_chunk=self._chunk_logprobs,
             )
             flat_values = self.value_head(predictors.float())[:, 0]
         return TokenValues(*(_unflatten(flat, mask) for flat in (flat_logprobs, flat_values, flat_entropy)))
@@ -122,9 +143,10 @@ class Policy(nn.Module):
             self.model.set_adapter(TRAINED)
 
     def canary(self, max_length: int) -> Canary:
-        """The policy's own answers on the canary, without dropout."""
+        """The policy's own answers on the canary, without dropout; never compiled, as it runs too seldom."""
         self.set_dropout(False)
-        return canary_of(self.model, max_length)
+        with torch.compiler.set_stance("force_eager"):
+            return canary_of(self.model, max_length)
 
     def set_dropout(self, active: bool) -> None:
         """Switch the adapter's dropout; the base has none.

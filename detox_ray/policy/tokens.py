@@ -12,6 +12,29 @@ from torch.utils.checkpoint import checkpoint
 MAX_LOGITS = 2**25  # 128 MiB in float32: the most that one chunk of logits may hold
 
 
+def chunk_logprobs(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    temperature: float,
+    suppressed: Tensor | None,
+    entropy: Literal["none", "value", "gradient"],
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` of so few positions that all their logits may be alive at once."""
+    logits = head(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    if suppressed is not None:
+        logits = logits.index_fill(1, suppressed, torch.finfo(logits.dtype).min)
+    if entropy == "none":
+        logprobs = -F.cross_entropy(logits, targets, reduction="none")
+        return logprobs, torch.zeros_like(logprobs)
+    distribution = logits.log_softmax(dim=1)
+    with nullcontext() if entropy == "gradient" else torch.no_grad():
+        entropies = -(distribution.exp() * distribution).sum(dim=1)
+    return distribution.gather(1, targets[:, None])[:, 0], entropies
+
+
 def token_logprobs(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
@@ -20,6 +43,7 @@ def token_logprobs(
     suppressed: Tensor | None = None,
     entropy: Literal["none", "value", "gradient"] = "none",
     max_logits: int = MAX_LOGITS,
+    one_chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_logprobs,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution, in nats.
 
@@ -34,6 +58,7 @@ def token_logprobs(
         suppressed: [S] int64, tokens that cannot be sampled (their logit is minus infinity).
         entropy: whether to compute it, and whether gradients flow through it.
         max_logits: numbers in a chunk.
+        one_chunk: `chunk_logprobs`, or that compiled.
 
     Returns:
         logprobs [N] float32, entropy [N] float32 (zeros where it was not asked for).
@@ -42,30 +67,17 @@ def token_logprobs(
         empty = hidden.new_zeros(0, dtype=torch.float32)
         return empty, empty
 
-    def chunk_logprobs(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        if suppressed is not None:
-            logits = logits.index_fill(1, suppressed, torch.finfo(logits.dtype).min)
-        if entropy == "none":
-            logprobs = -F.cross_entropy(logits, targets, reduction="none")
-            return logprobs, torch.zeros_like(logprobs)
-        distribution = logits.log_softmax(dim=1)
-        with nullcontext() if entropy == "gradient" else torch.no_grad():
-            entropies = -(distribution.exp() * distribution).sum(dim=1)
-        return distribution.gather(1, targets[:, None])[:, 0], entropies
-
     size = max(1, max_logits // vocabulary_size(head, hidden))
+    law = (temperature, suppressed, entropy)
     if hidden.shape[0] <= size:
-        return chunk_logprobs(hidden, targets)
+        return one_chunk(hidden, head, targets, *law)
     parts = []
     for start in range(0, hidden.shape[0], size):
-        chunk = (hidden[start : start + size], targets[start : start + size])
+        chunk = (hidden[start : start + size], head, targets[start : start + size], *law)
         if torch.is_grad_enabled() and hidden.requires_grad:
-            parts.append(checkpoint(chunk_logprobs, *chunk, use_reentrant=False))
+            parts.append(checkpoint(one_chunk, *chunk, use_reentrant=False))
         else:
-            parts.append(chunk_logprobs(*chunk))
+            parts.append(one_chunk(*chunk))
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ def test_a_training_runs_file_is_served_for_its_reward() -> None:
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
     assert ApiConfig().http.host == "127.0.0.1"
     assert load_api_config(None, ["http.host=0.0.0.0"]).http.host == "0.0.0.0"
+
+
+def test_an_override_needs_no_file(refused_line: Callable[..., str]) -> None:
+    assert "http.port" in refused_line("serve", "http.port=99999", "http.host=0.0.0.0")
 
 
 @pytest.mark.parametrize(
