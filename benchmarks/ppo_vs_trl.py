@@ -1,6 +1,7 @@
 """End-to-end PPO samples a second: a real `detox-ray train` run against TRL's PPOTrainer, in turn, in one command.
 
-    python benchmarks/ppo_vs_trl.py [--model FOLDER] [--data FILE] [--steps N] [--rounds N] [--bf16] [--same-allocator]
+    python benchmarks/ppo_vs_trl.py [--model FOLDER] [--data FILE] [--steps N] [--rounds N] [--bf16] [--compile]
+        [--same-allocator]
 
 TRL 1.12.0 is the last with a PPOTrainer (`trl.experimental.ppo`). It gets an environment of its own, `.venv-trl`, made
 here when missing. Both sides have:
@@ -23,6 +24,7 @@ What differs, because it is how each is made:
     prompts     TRL pads each batch to its longest prompt. Ours sorts by length and pads only within a minibatch.
     clipping    ours clips gradients, TRL 1.12 does not.
     --bf16      TRL: its option, float32 weights under autocast. Ours: policy.compute_dtype, a bfloat16 base and engine.
+    --compile   TRL: its option torch_compile, which made no difference when it was tried. Ours: train.compile.
     end token   TRL may sample it and goes on; ours cannot sample it.
     allocator   ours sets glibc's allocator not to give memory back (part of the product); TRL runs with the
                 environment as it is, unless --same-allocator gives it the same settings.
@@ -80,6 +82,7 @@ def main() -> None:
         "model": Path(task["model"]).name,
         "same_allocator": options.same_allocator,
         "bf16": options.bf16,
+        "compile": options.compile,
         "measured_steps": options.steps,
         "warmup_steps": options.warmup,
         "batch": BATCH,
@@ -105,6 +108,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of our configuration")
     parser.add_argument("--same-allocator", action="store_true", help="give TRL our glibc allocator settings")
     parser.add_argument("--bf16", action="store_true", help="both sides compute in bfloat16")
+    parser.add_argument("--compile", action="store_true", help="both sides are asked to use torch.compile")
     parser.add_argument("--quick", action="store_true", help="2 measured steps, 1 round: does it work?")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ppo_vs_trl.json"), help="the JSON file")
     options = parser.parse_args()
@@ -148,7 +152,12 @@ def _config(options: argparse.Namespace, scratch: Path) -> Any:
                 "learning_rate": LEARNING_RATE,
                 "kl": {"coefficient": KL_COEFFICIENT},
             },
-            "train": {"total_steps": steps, "checkpoint_every": steps, "threads": THREADS},
+            "train": {
+                "total_steps": steps,
+                "checkpoint_every": steps,
+                "threads": THREADS,
+                "compile": options.compile,
+            },
             "evaluation": {"prompts": HELDOUT_PROMPTS, "samples_per_prompt": 1},
         }
     )
@@ -188,6 +197,7 @@ def _prepare(options: argparse.Namespace, config: Any, scratch: Path) -> dict[st
         "kl_coefficient": KL_COEFFICIENT,
         "threads": THREADS,
         "bf16": options.bf16,
+        "compile": options.compile,
     }
 
 

@@ -1,7 +1,7 @@
 """One run of TRL's PPOTrainer, for `ppo_vs_trl.py`; runs in TRL's own environment and reads its task from a JSON file.
 
 Reads `{model, reward_model, prompts, pad_id, batch, epochs, minibatches, new_tokens, steps, learning_rate, lora_rank,
-kl_coefficient, threads, bf16, seed, output_dir, result}`, writes to `result`: `{step_s, adapter_tensors,
+kl_coefficient, threads, bf16, compile, seed, output_dir, result}`, writes to `result`: `{step_s, adapter_tensors,
 adapter_tensors_changed, threads, log, versions}`.
 """
 
@@ -83,6 +83,7 @@ def make_trainer(task: dict[str, Any], clock: StepClock) -> PPOTrainer:
         kl_coef=task["kl_coefficient"],
         gradient_checkpointing=False,
         bf16=task["bf16"],
+        torch_compile=task["compile"],
         use_cpu=True,
         dataloader_pin_memory=False,
         num_sample_generations=0,

@@ -11,7 +11,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> tor
     """AdamW, or bitsandbytes' 8-bit or paged form of it; each group has its own `params` and `lr`."""
     options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
     import bitsandbytes
 
     kinds = {
