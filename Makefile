@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Asked only where pip's own configuration has no CPU build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/torch==\1/p' requirements/cpu.txt)
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps
 
 .PHONY: demo test lint lock bench clean install
 
@@ -39,9 +39,18 @@ $(VENV)/installed: requirements/cpu.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install it, or name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing about 200 packages (4 GB) into $(VENV); this takes a few minutes"
-	$(PIP) install --quiet "$(TORCH)" 2>$(VENV)/pip.log || $(PIP) install --quiet --index-url $(TORCH_INDEX) "$(TORCH)"
-	$(PIP) install --quiet --no-deps -r requirements/cpu.txt 2>>$(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
-	$(PIP) install --quiet --no-deps --no-build-isolation -e . 2>>$(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
+	@$(MAKE) --no-print-directory -j2 $(VENV)/torch $(VENV)/others-0 $(VENV)/others-1
+	$(INSTALL) --no-build-isolation -e . 2>$(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
+	@touch $@
+
+# In parts, two at once: unpacking takes the time, and a pip does it on one core.
+$(VENV)/torch: requirements/cpu.txt
+	$(INSTALL) "$(TORCH)" 2>$@.log || $(INSTALL) --index-url $(TORCH_INDEX) "$(TORCH)"
+	@touch $@
+
+$(VENV)/others-%: requirements/cpu.txt
+	@sed '/^torch==/d' $< | awk 'NR % 2 == $*' >$@.txt
+	$(INSTALL) -r $@.txt 2>$@.log || { cat $@.log; exit 1; }
 	@touch $@
 
 # The locks, from pyproject.toml. Text models need no torchvision, torchaudio or torchcodec (requirements/overrides.txt).
