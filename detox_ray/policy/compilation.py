@@ -5,8 +5,8 @@ import shutil
 
 from peft import PeftModel
 
-from detox_ray.errors import ConfigError, ModelError
-from detox_ray.policy.sharding import transformer_blocks
+from detox_ray.errors import ConfigError
+from detox_ray.policy.sharding import blocks_for
 
 # Ways to call a block that are compiled apart: with and without gradient and adapter, and T5's blocks of four kinds.
 VARIANTS = 32
@@ -27,9 +27,5 @@ def compile_blocks(model: PeftModel) -> None:
     Raises:
         ModelError: `transformers` does not say what the model's blocks are.
     """
-    base = model.get_base_model()
-    blocks = transformer_blocks(base)
-    if not blocks:
-        raise ModelError(f"train.compile=true: {type(base).__name__} names no blocks to compile; set it to false")
-    for block in blocks:
+    for block in blocks_for("train.compile", model):
         block.compile(dynamic=True, recompile_limit=VARIANTS)

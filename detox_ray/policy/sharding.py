@@ -20,16 +20,26 @@ def shard_blocks(model: PeftModel, device: torch.device) -> None:
     Raises:
         ModelError: `transformers` does not say what the model's blocks are.
     """
-    base = model.get_base_model()
-    blocks = transformer_blocks(base)
-    if not blocks:
-        raise ModelError(f"train.shard_base=true: {type(base).__name__} names no blocks to spread; set it to false")
+    blocks = blocks_for("train.shard_base", model)
     adapters = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for block in blocks:
         # A block at a time goes to the device, with what bitsandbytes keeps beside its weights.
         fully_shard(block.to(device), mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
     model.to(device)
+
+
+def blocks_for(option: str, model: PeftModel) -> list[nn.Module]:
+    """The model's blocks, for an option that is about them.
+
+    Raises:
+        ModelError: `transformers` does not say what they are.
+    """
+    base = model.get_base_model()
+    blocks = transformer_blocks(base)
+    if not blocks:
+        raise ModelError(f"{option}=true: {type(base).__name__} names no blocks; set it to false")
+    return blocks
 
 
 def transformer_blocks(base: nn.Module) -> list[nn.Module]:
