@@ -13,7 +13,7 @@ from detox_ray.serving.http_api import build_http_app
 
 
 def app(args: dict[str, str]) -> serve.Application:
-    """The application Serve builds; `args` may hold `config`, the path of a YAML file.
+    """The application Serve builds; `args` may hold `config`, the path of a YAML file, and for Serve its `version`.
 
     Raises:
         ConfigError, ModelError, DataError: the configuration or a classifier cannot be loaded.

@@ -1,5 +1,6 @@
 """The configuration of a toxicity classifier of any kind."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -9,6 +10,11 @@ from pydantic import AfterValidator, Field, model_validator
 from detox_ray.config_section import CustomResources, Section, absolute_path, cache_folder
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+# How classifiers name what is not toxic, as letters alone.
+CIVIL_LABELS = {
+    *("nothate", "nonhate", "nothateful", "nonhateful", "nontoxic", "nottoxic", "nonoffensive", "notoffensive"),
+    *("neutral", "normal", "benign", "civil", "polite", "harmless", "safe", "clean", "acceptable"),
+}
 
 
 class Calibration(Section):
@@ -102,6 +108,15 @@ class ClassifierConfig(Section):
             raise ValueError(
                 f"classifier {self.name!r}: label={self.label!r} is not among the perspective.attributes "
                 f"{', '.join(self.perspective.attributes)}; add it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _label_is_not_read_the_wrong_way_round(self) -> "ClassifierConfig":
+        if self.label_means == "toxic" and re.sub("[^a-z]", "", str(self.label).lower()) in CIVIL_LABELS:
+            raise ValueError(
+                f"classifier {self.name!r}: label={self.label} is what a civil text gets, and label_means=toxic would "
+                "train away from it; set label_means=nontoxic (or name the label by its index, if it is toxic indeed)"
             )
         return self
 

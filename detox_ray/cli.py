@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from detox_ray.config_file import dump_config, load_config
+from detox_ray.config_file import dump_config, load_config, read_tree
+from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError, DetoxError, storage_error
 from detox_ray.meter_config import load_scorers
 
@@ -275,10 +276,19 @@ def playground(
 
 @app.command()
 def config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the resolved configuration."""
+    """Print the resolved configuration of a run, an evaluation or the scoring service."""
+    from detox_ray.meter_config import meter_config
+    from detox_ray.serving.api_config import load_api_config
     from detox_ray.sft_config import load_run_config
 
-    typer.echo(dump_config(load_run_config(config, overrides or [])), nl=False)
+    sections, given = read_tree(config).keys(), overrides or []
+    if "systems" in sections:
+        resolved: Section = meter_config(config, given)
+    elif "reward" in sections and not sections & {"policy", "data"}:
+        resolved = load_api_config(config, given)
+    else:
+        resolved = load_run_config(config, given)
+    typer.echo(dump_config(resolved), nl=False)
 
 
 @app.command()

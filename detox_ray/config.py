@@ -155,9 +155,10 @@ class RolloutConfig(Section):
     sync: Literal["auto", "adapter", "merged"] = Field(
         "auto", description="a LoRA slot, or merged into the pristine base"
     )
-    base: Literal["dequantized", "original", "bitsandbytes"] = Field(
+    base: Literal["dequantized", "original"] = Field(
         "dequantized",
-        description="weights of the engine's base; dequantized computes what a quantised learner computes",
+        description="weights of the engine's base; dequantized computes what a quantised learner computes (an int8 "
+        "learner on a GPU also rounds activations, which no engine does)",
     )
     workers: int = Field(1, ge=1, description="rollout actors")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one worker")
@@ -181,7 +182,12 @@ class RolloutConfig(Section):
     )
     top_k: int = Field(0, ge=0, description="0: off; above 0 the ratio of behaviour and learner is approximate")
     fixed_length: bool = Field(False, description="mask the end token, every response has max_new_tokens tokens")
-    max_staleness: int = Field(0, ge=0, le=8, description="0: strictly on-policy; n: a batch may be n adapters old")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="0: strictly on-policy; n: a batch may be n adapters old; 1 keeps everyone busy, more is no faster",
+    )
     max_logprob_gap: float = Field(
         0.05, gt=0, description="stop when engine and learner differ by more than this, mean |log p|, in nats a token"
     )
@@ -383,9 +389,5 @@ class Config(RunSettings):
             raise ValueError(
                 "rollout.in_turns=true shares one GPU: it needs rollout.max_staleness=0, and the num_gpus of rollout "
                 f"workers and learners above 0 and together at most 1, not {sharers[0]:g} and {sharers[1]:g}"
-            )
-        if self.rollout.base == "bitsandbytes" and (self.rollout.num_gpus == 0 or self.policy.quantization == "none"):
-            raise ValueError(
-                "rollout.base=bitsandbytes needs rollout.num_gpus > 0 and a quantised policy; use dequantized"
             )
         return self

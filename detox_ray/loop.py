@@ -17,6 +17,7 @@ from detox_ray.placement import check_placements, placements
 from detox_ray.plan import Plan, prepare
 from detox_ray.policy.adapter import is_whole
 from detox_ray.rewards.classifiers import score_texts
+from detox_ray.rewards.ensemble import with_calibrations
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream, sampling_of
 from detox_ray.run_copy import kept
@@ -24,7 +25,7 @@ from detox_ray.schedule import Schedule
 from detox_ray.serving.app_guard import guard_app
 from detox_ray.serving.controller_watch import controller_watched
 from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
-from detox_ray.serving.reward_client import RewardClient, fit_and_apply_calibration
+from detox_ray.serving.reward_client import RewardClient, fit_calibrations
 from detox_ray.serving.scorer import RolloutScorer
 from detox_ray.terminal import Terminal
 from detox_ray.timeline import keep_worker_tasks
@@ -61,13 +62,13 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
         wait_in_words(needed, terminal)
         terminal.stage("starting rollout workers and reward classifiers")
-        with rollout_workers(plan.engine, plan.config.rollout) as workers, reward_app(plan) as reward:
+        with rollout_workers(plan.engine, plan.config.rollout) as workers, reward_app(plan):
             pool = worker_pool(plan, workers)
             meter = meter_of_run(plan.run, plan.config)
             *before, after = meter.systems
             heldout = plan.prompts.heldout[: meter.prompts]
             answers = [answer(pool, plan.engine, system, heldout, meter, plan.run, terminal) for system in before]
-            stream = rollout_stream(plan, pool, calibrated_reward(pool, reward, plan))
+            stream = rollout_stream(plan, pool, calibrated_reward(pool, plan))
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
                 fit(plan, stream)
@@ -94,29 +95,30 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
 
 
 @contextmanager
-def reward_app(plan: Plan) -> Iterator[RewardConfig]:
-    """The reward ensemble on Serve; yields the reward's configuration, calibrated if the run did that before."""
+def reward_app(plan: Plan) -> Iterator[None]:
+    """The reward ensemble on Serve."""
     if cluster_address(plan.config.ray) is not None:
         guard_app(plan.app_name)
     # Twice as patient as the watch, a scoring call waits until the controller is back and replaces a lost replica.
     with controller_watched(plan.config.reward.timeout_s / 2):
         deploy_reward_app(plan.config.reward, plan.app_name)
         try:
-            yield plan.run.read_calibrated() or plan.config.reward
+            yield
         finally:
             delete_reward_app(plan.app_name)
 
 
-def calibrated_reward(pool: WorkerPool, reward: RewardConfig, plan: Plan) -> RewardConfig:
+def calibrated_reward(pool: WorkerPool, plan: Plan) -> RewardConfig:
     """The reward with each `calibration: fit` made numbers by the untrained policy's answers to training prompts."""
-    if plan.run.read_calibrated() is None:
+    reward = plan.config.reward
+    fitted = plan.run.read_calibrations()
+    if fitted is None:
         prompts = plan.prompts.train[: reward.calibration_prompts]
         rollouts = pool.sample(prompts, 1, sampling_of(plan.config.rollout, seed=plan.config.seed))
-        reward = fit_and_apply_calibration(
-            reward, plan.app_name, [r.text for r in rollouts], [r.prompt_text for r in rollouts]
-        )
-        plan.run.write_calibrated(reward)
-    return reward
+        texts, asked = [r.text for r in rollouts], [r.prompt_text for r in rollouts]
+        fitted = fit_calibrations(reward, plan.app_name, texts, asked)
+        plan.run.write_calibrations(fitted)
+    return with_calibrations(reward, fitted)
 
 
 def score(config: Config, texts: Sequence[str]) -> list[dict[str, float]]:
@@ -156,5 +158,6 @@ def rollout_stream(plan: Plan, pool: WorkerPool, reward: RewardConfig) -> Rollou
             plan.prompts.heldout[: config.evaluation.every_prompts],
             samples=1,
             sampling=sampling_of(config.rollout, seed=config.seed),
+            timeout_s=config.rollout.timeout_s,
         ),
     )

@@ -137,12 +137,14 @@ def answer(
 def push_adapter(pool: WorkerPool, engine: EngineSpec, folder: str | Path) -> None:
     """Serve the adapter in a folder, verified against plain `peft` on the engine's base.
 
+    That is done on the CPU: the driver may have no GPU, or share it with an engine.
+
     Raises:
         ModelError: it cannot be read, or belongs to another base.
         SyncError: a worker does not serve what `peft` computes.
     """
     saved = load_adapter(folder)
-    model = load_reference_model(engine.model, engine.revision, engine.device, getattr(torch, engine.dtype))
+    model = load_reference_model(engine.model, engine.revision, "cpu", getattr(torch, engine.dtype))
     tuned = PeftModel.from_pretrained(model, str(folder))
     canary = canary_of(tuned, min(CANARY_LENGTH, engine.max_length - 1))
     pool.publish(lambda version: replace(saved, version=version), canary)

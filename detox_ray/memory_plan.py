@@ -188,13 +188,12 @@ def _activations(config: Config, shape: Skeleton, checkpointing: bool, accumulat
 def _rollout_worker(config: Config, shape: Skeleton) -> Role:
     rollout = config.rollout
     engine, sync, _ = choose_engine(rollout, type(shape.base).__name__)
-    quantized = rollout.base == "bitsandbytes"
     longest = config.data.max_tokens + 1 + rollout.max_new_tokens
     cache = rollout.kv_cache_mib * 2**20
     if engine == "transformers":
         cache = int(rollout.max_num_seqs * longest * cache_bytes_per_token(shape))
     purposes = {
-        "weights": weight_bytes(shape, config.policy.quantization if quantized else "none"),
+        "weights": weight_bytes(shape, "none"),
         "trained": shape.adapter_parameters() * shape.dtype.itemsize,
         "cache": cache,
         "process": CUDA_BYTES if rollout.num_gpus > 0 else PROCESS_BYTES[engine],

@@ -1,7 +1,6 @@
 """A run that is known to fit together, before anything expensive starts."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 from uuid import uuid4
 
 import torch
@@ -12,7 +11,6 @@ from detox_ray.config_section import S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
-from detox_ray.evaluation.perplexity import load_reference_model
 from detox_ray.placement import check_placements, placements
 from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import (
@@ -45,11 +43,6 @@ class Plan:
     def canary_length(self) -> int:
         """Longest canary sequence, in tokens."""
         return min(CANARY_LENGTH, self.engine.max_length - 1)
-
-    def load_model(self, path: str, revision: str | None) -> Any:
-        """A model for the driver's own checks, in the engines' precision, on a GPU where the run uses one."""
-        device = "cuda" if self.config.train.num_gpus > 0 and torch.cuda.is_available() else "cpu"
-        return load_reference_model(path, revision, device, getattr(torch, self.engine.dtype))
 
     @property
     def canary_tolerance(self) -> float:
@@ -145,7 +138,6 @@ def plan_engine(
         max_num_seqs=rollout.max_num_seqs,
         kv_cache_mib=rollout.kv_cache_mib,
         device="cuda" if rollout.num_gpus > 0 else "cpu",
-        bitsandbytes=rollout.base == "bitsandbytes",
         tensor_parallel=rollout.tensor_parallel,
         in_turns=rollout.in_turns,
     )

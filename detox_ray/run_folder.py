@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from detox_ray import errors
-from detox_ray.config import PolicyConfig, RewardConfig, RunSettings
+from detox_ray.classifier_config import Calibration
+from detox_ray.config import PolicyConfig, RunSettings
 from detox_ray.config_file import dump_config, parse_section, read_tree
 from detox_ray.config_section import S
 from detox_ray.errors import ConfigError, DetoxError
@@ -39,6 +42,8 @@ CLASSIFIER_PLACEMENT = (
 )  # fmt: skip
 
 LOCK_FILE = ".lock"
+CALIBRATIONS_FILE = "calibrations.json"
+FITTED = TypeAdapter(dict[str, Calibration])
 LOG_FILE = "run.log"
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 
@@ -85,9 +90,11 @@ class RunFolder:
         if config.storage is not None:
             RunCopy(config.storage, config.name).open(run.path)
         try:
-            # A run that has not come as far as a checkpoint has nothing to lose.
             if run.config_file.exists() and run.checkpoints.exists():
                 run._refuse_another(config)
+            else:
+                # A run that has not come as far as a checkpoint has nothing to lose, and may become another.
+                (run.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
             write_atomically(run.config_file, dump_config(config))
             (run.path / FAILURE_FILE).unlink(missing_ok=True)
         except OSError as error:
@@ -162,14 +169,14 @@ class RunFolder:
         """
         return read_tree(self.config_file)
 
-    def read_calibrated(self) -> RewardConfig | None:
-        """The reward configuration with the calibrations that were fitted when the run started."""
-        path = self.path / "calibration.json"
-        return RewardConfig.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    def read_calibrations(self) -> dict[str, Calibration] | None:
+        """Those of the reward's classifiers, by name, that were fitted when the run started."""
+        path = self.path / CALIBRATIONS_FILE
+        return FITTED.validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def write_calibrated(self, reward: RewardConfig) -> None:
+    def write_calibrations(self, fitted: dict[str, Calibration]) -> None:
         """Keep the fitted calibrations, so that a continued run has the same reward."""
-        write_atomically(self.path / "calibration.json", reward.model_dump_json(indent=2))
+        write_atomically(self.path / CALIBRATIONS_FILE, FITTED.dump_json(fitted, indent=2).decode())
 
     def read_evaluation(self, steps: int) -> dict[str, Any] | None:
         """The content of evaluation.json, if it is of an adapter trained for `steps` steps and the report is there."""

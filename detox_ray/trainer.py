@@ -1,12 +1,10 @@
 """Learners under Ray Train: placed, restarted after a crash, continued from the run folder's checkpoints."""
 
-import json
 import logging
 import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -14,7 +12,7 @@ from ray import PlacementGroupID, cloudpickle
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -23,6 +21,7 @@ from ray.util.placement_group import PlacementGroup
 
 from detox_ray.errors import DetoxError
 from detox_ray.hung_actor import kill_when_hung
+from detox_ray.learner.checkpoint_folder import remove_wrong_list
 from detox_ray.learner_config import LearnerConfig
 from detox_ray.run_folder import RunFolder
 
@@ -54,7 +53,7 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.timeout_s)  # read when the learners start
     work = cloudpickle.dumps(partial(loop, task))
     for _ in range(config.max_failures + 1):
-        _remove_torn_list(run.checkpoints / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+        remove_wrong_list(run.checkpoints)
         try:
             _trainer(work, config, run).fit()
         except RayActorError as error:
@@ -71,11 +70,12 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, with a controller that is killed when it does not answer, and without two of its actors.
+    """Ray's, with a controller that is killed when it does not answer, and without two actors and a signal handler.
 
     The cleaner of placement groups is detached and asks whichever cluster was last started on its machine: with several
     of them it may remove the groups of a live run, or outlive its own. What it is for is done here. The manager of data
-    sets has nothing to do, as learners are sent none.
+    sets has nothing to do, as learners are sent none. The handler of SIGINT stays when training is over, where it does
+    nothing; without it KeyboardInterrupt is raised, and what the run has started is stopped as after any error.
     """
 
     def __init__(self, *arguments: Any, timeout_s: float, **settings: Any) -> None:
@@ -95,7 +95,6 @@ class _Trainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        super()._register_sigint_handler(controller)
         watched = (controller, "Ray Train's controller", self._timeout_s, self._ended)
         threading.Thread(target=kill_when_hung, args=watched, daemon=True).start()
 
@@ -149,14 +148,3 @@ def _last_line(error: Exception) -> str:
 def _run_packed(settings: dict[str, bytes]) -> None:
     """Unpack the work on the learner: Ray's controller, through which it comes, need not import what learners do."""
     cloudpickle.loads(settings["work"])()
-
-
-def _remove_torn_list(path: Path) -> None:
-    """Ray does not start with a list of checkpoints that a kill cut short, and `resume` does not need the list."""
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    except ValueError:
-        logger.warning("%s is torn and was removed", path)
-        path.unlink()

@@ -104,7 +104,7 @@ def test_more_workers_than_cpus(refused: Refused) -> None:
 
 
 def test_no_vllm(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_why_not_vllm", lambda architecture: engine.NOT_INSTALLED)
+    monkeypatch.setattr(engine, "_why_not_vllm", lambda architecture, num_gpus: engine.NOT_INSTALLED)
     assert "vLLM is not installed; install" in refused("rollout.engine=vllm")
 
 

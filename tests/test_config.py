@@ -3,8 +3,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from detox_ray import ConfigError, load_config
+from detox_ray.cli import app
 from detox_ray.config_file import dump_config, parse_config, parse_section
 from detox_ray.meter_config import MeterConfig, meter_config
 from detox_ray.sft_config import SFTConfig, load_sft_config
@@ -37,6 +39,16 @@ def test_every_shipped_fine_tuning_is_valid_and_survives_a_round_trip(path: Path
 def test_the_shipped_evaluation_is_valid_and_survives_a_round_trip() -> None:
     config = meter_config(ROOT / "configs" / "meter.yaml")
     assert parse_section(MeterConfig, yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [("toxicity_api.yaml", "cors_origins: []"), ("meter.yaml", "scorers:"), ("sft-lab.yaml", "patience:")],
+)
+def test_every_kind_of_configuration_can_be_printed(file: str, found: str) -> None:
+    printed = CliRunner().invoke(app, ["config", str(ROOT / "configs" / file)])
+    assert printed.exit_code == 0, printed.output
+    assert found in printed.output
 
 
 def test_overrides_are_typed_and_reach_into_lists() -> None:
@@ -95,8 +107,11 @@ def test_templates_are_texts(template: str) -> None:
             {"rollout": {"in_turns": True, "num_gpus": 0.5, "max_staleness": 1}, "train": {"num_gpus": 0.5}},
             r"needs rollout\.max_staleness=0",
         ),
-        ({"rollout": {"base": "bitsandbytes"}}, r"rollout\.base=bitsandbytes needs rollout\.num_gpus"),
         ({"reward": {}}, r"reward\.classifiers is missing"),
+        (
+            {"reward": {"classifiers": [{"name": "a", "kind": "transformers", "model": "m", "label": "NotHate"}]}},
+            r"label=NotHate is what a civil text gets.*set label_means=nontoxic",
+        ),
         (
             {"reward": {"classifiers": [{"name": "a", "kind": "linear", "model": "profanity_check:predict_prob"}]}},
             r"evaluation\.judge: 'profanity_check:predict_prob' is also in the reward.*name another judge",

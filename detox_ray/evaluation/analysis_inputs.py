@@ -102,15 +102,11 @@ def read_run_config(folder: Path) -> Config | SFTConfig:
 def served_base(folder: Path, config: Config | SFTConfig) -> PolicyConfig:
     """The base that the run's rollout engines answered with: the dequantised twin where they had one."""
     rollout = config.rollout if isinstance(config, Config) else RolloutConfig()
-    if rollout.base == "bitsandbytes":
-        return config.policy
     plain = config.policy.model_copy(update={"quantization": "none"})
     if rollout.base == "original" or config.policy.quantization == "none":
         return plain
-    device = _device()
-    twin = write_dequantized_base(
-        config.policy, RunFolder(folder).dequantized_base(config.policy), device, compute_dtype(config.policy, device)
-    )
+    dtype = compute_dtype(config.policy, torch.device("cuda" if config.train.num_gpus > 0 else "cpu"))
+    twin = write_dequantized_base(config.policy, RunFolder(folder).dequantized_base(config.policy), _device(), dtype)
     return plain.model_copy(update={"model": str(twin), "revision": None})
 
 

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 
 from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.errors import SyncError
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rewards.classifiers import load_classifier
@@ -26,6 +27,7 @@ class HeldoutEvaluation:
     prompts: Sequence[Prompt]
     samples: int
     sampling: Sampling
+    timeout_s: float
     _actor: Any = None
     _under_way: list[Any] = field(default_factory=list)
 
@@ -42,13 +44,16 @@ class HeldoutEvaluation:
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
         """What has been judged since the last call, in the order of the steps; with `wait`, all of it.
 
-        An evaluation whose worker or judge died is left out.
+        An evaluation whose worker or judge died is left out, and with `wait` what is not there within `timeout_s`.
         """
         if not self._under_way:
             return []
-        ready, self._under_way = ray.wait(
-            self._under_way, num_returns=len(self._under_way), timeout=None if wait else 0.0
-        )
+        timeout_s = self.timeout_s if wait else 0.0
+        ready, self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=timeout_s)
+        if wait and self._under_way:
+            logger.warning("%d evaluations during training did not end in %g s", len(self._under_way), timeout_s)
+            ray.kill(self._actor)
+            self._under_way = []
         lines = []
         for reference in ready:
             try:
@@ -65,8 +70,14 @@ class Judge:
         self._classifier = load_classifier(judge)
 
     def judged(self, step: int, reward: float, *parts: list[Rollout]) -> dict[str, float]:
-        """The line of `evaluations.jsonl`."""
+        """The line of `evaluations.jsonl`.
+
+        Raises:
+            SyncError: a worker had died, and answered as the untrained policy.
+        """
         rollouts = [rollout for part in parts for rollout in part]
+        if min(rollout.adapter_version for rollout in rollouts) < 0:
+            raise SyncError("responses of a worker without an adapter")
         toxicity = np.asarray(self._classifier.toxicity([r.text for r in rollouts]))
         return {
             "step": step,

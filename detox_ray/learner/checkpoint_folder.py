@@ -20,6 +20,7 @@ from detox_ray.policy.adapter import DIGEST_FILE, Adapter, load_adapter, save_ad
 logger = logging.getLogger(__name__)
 
 LEARNER_FILE = "learner.pt"
+RAY_LIST_FILE = "checkpoint_manager_snapshot.json"
 
 
 def write_checkpoint(folder: Path, step: int, adapter: Adapter, state: dict[str, Any]) -> None:
@@ -46,24 +47,49 @@ def is_kept(adapter: Adapter, run_dir: Path) -> bool:
 
 
 def read_checkpoint(folder: Path) -> tuple[Adapter, dict[str, Any]]:
-    """What `write_checkpoint` was given."""
-    return load_adapter(folder / ADAPTER_FOLDER), torch.load(folder / LEARNER_FILE, weights_only=True)
+    """What `write_checkpoint` was given, in host memory."""
+    state = torch.load(folder / LEARNER_FILE, weights_only=True, map_location="cpu")
+    return load_adapter(folder / ADAPTER_FOLDER), state
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest checkpoint in `folder` whose files are as they were written; None: there are none.
+    """Step and folder of the newest of `whole_checkpoints`; None: there are none.
 
     Raises:
-        StorageError: there are checkpoints, and all are damaged.
+        StorageError: Ray's list has checkpoints, and all are damaged. One that a kill cut short is not on it yet.
     """
     found = sorted(folder.glob("checkpoint_*/"))
-    whole = [(step, path) for path in found if (step := _step_if_whole(path)) is not None]
-    if found and not whole:
+    whole = whole_checkpoints(folder)
+    if found and not whole and registered_checkpoints(folder):
         raise StorageError(
             f"all {len(found)} checkpoints in {folder} are damaged or incomplete; restore one from a copy, or remove "
             "that folder to train from the start"
         )
     return max(whole, default=None)
+
+
+def whole_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Step and folder of every checkpoint in `folder` whose files are as they were written."""
+    return [(step, path) for path in folder.glob("checkpoint_*/") if (step := _step_if_whole(path)) is not None]
+
+
+def registered_checkpoints(folder: Path) -> list[Path] | None:
+    """Those on the list that Ray Train keeps in `folder`; None: the list was cut short by a kill."""
+    try:
+        listed = json.loads((folder / RAY_LIST_FILE).read_text(encoding="utf-8"))["checkpoint_results"]
+        return [folder / result["checkpoint_dir_name"] for result in listed]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_wrong_list(folder: Path) -> None:
+    """Ray does not start with a list that a kill cut short or that is ahead of a copy; `resume` does not need one."""
+    registered = registered_checkpoints(folder)
+    if registered is None or not all(path.is_dir() for path in registered):
+        logger.warning("Ray's list of the checkpoints in %s is torn or names some that are gone; removed", folder)
+        (folder / RAY_LIST_FILE).unlink()
 
 
 def _step_if_whole(checkpoint: Path) -> int | None:

@@ -2,8 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import ray.train
 
 from detox_ray.errors import DetoxError, storage_error
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint, write_checkpoint
-from detox_ray.learner.distributed import world
+from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.metrics_file import FAILURE_FILE, write_atomically
 from detox_ray.policy.policy import Policy
 
@@ -44,7 +44,7 @@ def resume(learner: Learner, checkpoints: Path) -> int:
     Raises:
         StorageError: there are checkpoints, and all are damaged.
     """
-    if (found := last_whole_checkpoint(checkpoints)) is None:
+    if (found := on_first_learner(partial(last_whole_checkpoint, checkpoints))) is None:
         return 0
     step, folder = found
     adapter, state = read_checkpoint(folder)
@@ -53,14 +53,16 @@ def resume(learner: Learner, checkpoints: Path) -> int:
     return step + 1
 
 
-@contextmanager
-def failures_left_in(run_dir: Path) -> Iterator[None]:
-    """Leave an error of ours, or of full storage, in the run folder for the driver to raise.
+def leave_failure(run_dir: Path, work: Callable[[], None]) -> None:
+    """Do the work of a learner; an error of ours, or of full storage, is left in the run folder for the driver.
 
-    Ray Train would try again what cannot succeed, but several learners must all stop: one may wait for another.
+    Ray Train would try again what cannot succeed, but several learners must all stop: one may wait for another. So
+    theirs is raised, and what Ray then starts anew finds it and ends.
     """
+    if (run_dir / FAILURE_FILE).exists():
+        return
     try:
-        yield
+        work()
     except (DetoxError, OSError) as error:
         ours = error if isinstance(error, DetoxError) else storage_error(error, str(run_dir))
         if ours is None:

@@ -34,8 +34,9 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
     per_token = -importance * torch.minimum(unclipped, clipped)
     with torch.no_grad():
-        # k3 of Schulman's "Approximating KL divergence": unbiased and never negative.
-        approx_kl = torch.where(mask, (-log_ratio).exp() - 1 + log_ratio, 0.0).sum()
+        # k3 of Schulman's "Approximating KL divergence", of tokens that the proximal policy sampled: unbiased, never
+        # negative.
+        approx_kl = torch.where(mask, ratio - 1 - log_ratio, 0.0).sum()
         clip_count = (mask & ((ratio - 1).abs() > clip_range)).sum()
     return PolicyLoss(torch.where(mask, per_token, 0.0).sum(), clip_count, approx_kl)
 

@@ -1,6 +1,5 @@
 """Back to the last good adapter when a step must be rejected."""
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -9,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from detox_ray.errors import DivergenceError
-from detox_ray.learner.checkpoint_folder import keep_adapter
-from detox_ray.learner.distributed import world
+from detox_ray.learner.checkpoint_folder import keep_adapter, read_checkpoint, whole_checkpoints
+from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.learner.ppo import PPO
-from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, append_metrics
+from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, REJECTED_FILE, append_metrics
 from detox_ray.policy.adapter import Adapter
 from detox_ray.ppo_config import DivergenceConfig
 from detox_ray.records import Canary, Rollout
@@ -38,10 +38,22 @@ class Recovery:
     bad batch, or was made of it, is given up.
     """
 
-    def __init__(self, ppo: PPO, run_dir: Path, first_step: int) -> None:
+    def __init__(self, ppo: PPO, run_dir: Path) -> None:
+        """`ppo` is still untrained."""
         self._ppo = ppo
         self._run_dir = run_dir
-        self._before_step = self._good = self._snapshot(first_step)
+        self._before_step = self._good = self._snapshot(0)
+
+    def resumed(self, first_step: int) -> None:
+        """The run goes on from a checkpoint, so what there was before that is what it can go back to at first.
+
+        The last checkpoint may be what the next step gives up, again each time the run is continued.
+        """
+        checkpoints = self._run_dir / CHECKPOINT_FOLDER
+        older = on_first_learner(lambda: [c for c in whole_checkpoints(checkpoints) if c[0] < first_step - 1])
+        if older:
+            step, folder = max(older)
+            self._good = LearnerState(step + 1, *read_checkpoint(folder))
 
     def begin_step(self, step: int) -> None:
         """Remember the state at the start of a step."""
@@ -60,8 +72,9 @@ class Recovery:
         ppo, factor = self._ppo, self._ppo.config.divergence.rate_factor
         first = ppo.rate_scale == 1.0
         good = self._good
+        self._before_step = good
         ppo.policy.load(good.adapter)
-        ppo.load_state(copy.deepcopy(good.state))
+        ppo.load_state(_copied(good.state))
         ppo.rate_scale = factor
         logger.warning("step %d is rejected: %s", step, problem)
         if world()[0] == 0:
@@ -77,7 +90,18 @@ class Recovery:
             ) from None
 
     def _snapshot(self, step: int) -> LearnerState:
-        return LearnerState(step, self._ppo.policy.adapter(version=step), copy.deepcopy(self._ppo.state()))
+        return LearnerState(step, self._ppo.policy.adapter(version=step), _copied(self._ppo.state()))
+
+
+def _copied(state: Any) -> Any:
+    """A copy of tensors, numbers and containers of them, in host memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state
 
 
 def refuse_collapsed(rollouts: Sequence[Rollout], limits: DivergenceConfig) -> None:

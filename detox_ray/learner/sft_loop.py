@@ -4,13 +4,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from ray.train.torch import get_device
 
 from detox_ray.learner.checkpoint_folder import keep_adapter
-from detox_ray.learner.checkpoints import failures_left_in, resume, save_checkpoint
+from detox_ray.learner.checkpoints import leave_failure, resume, save_checkpoint
 from detox_ray.learner.distributed import world
 from detox_ray.learner.sft import SFT, BucketedBatches, share_of
 from detox_ray.metrics_file import (
@@ -43,8 +44,7 @@ class TuningTask:
 def sft_loop(task: TuningTask) -> None:
     """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
     log_to(Path(task.run_dir))
-    with failures_left_in(Path(task.run_dir)):
-        _tune(task)
+    leave_failure(Path(task.run_dir), partial(_tune, task))
 
 
 def _tune(task: TuningTask) -> None:

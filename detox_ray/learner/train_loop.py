@@ -14,7 +14,7 @@ from ray.train.torch import get_device
 from detox_ray.config import Config
 from detox_ray.errors import DivergenceError
 from detox_ray.learner.checkpoint_folder import is_kept, keep_adapter
-from detox_ray.learner.checkpoints import failures_left_in, resume, save_checkpoint
+from detox_ray.learner.checkpoints import leave_failure, resume, save_checkpoint
 from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.learner.recovery import Recovery, refuse_collapsed, refuse_not_finite
@@ -56,6 +56,8 @@ class Stream(Protocol):
 
     def next_batch(self, step: int, last_step: int) -> ScoredBatch: ...
 
+    def settle(self) -> None: ...
+
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int: ...
 
     def discard(self) -> None: ...
@@ -80,8 +82,7 @@ class LearnerTask:
 def train_loop(task: LearnerTask) -> None:
     """Run the learner; an error of ours is left in the run folder, for the driver to raise."""
     log_to(Path(task.run_dir))
-    with failures_left_in(Path(task.run_dir)):
-        _train(task)
+    leave_failure(Path(task.run_dir), partial(_train, task))
 
 
 def _train(task: LearnerTask) -> None:
@@ -89,11 +90,12 @@ def _train(task: LearnerTask) -> None:
     torch.set_num_threads(config.train.threads)
     policy = Policy(config.policy, get_device(), config.seed, config.train.shard_base, config.train.compile)
     ppo = PPO(policy, config.ppo, _sampling_law(task), task.pad_id, config.train.total_steps, config.seed)
+    recovery = Recovery(ppo, run_dir)
     first_step = resume(ppo, run_dir / CHECKPOINT_FOLDER)
+    recovery.resumed(first_step)
     last_step = config.train.total_steps - 1
     on_first_learner(stream.connect)
     publish(task, policy)
-    recovery = Recovery(ppo, run_dir, first_step)
     tracker = open_tracker(config, run_dir, first_step) if world()[0] == 0 else None
     if world()[0] == 0:
         cut_metrics(run_dir / METRICS_FILE, first_step)
@@ -157,6 +159,8 @@ def one_step(task: LearnerTask, ppo: PPO, step: int) -> dict[str, float]:
     learned = time.perf_counter()
     if config.rollout.in_turns:
         torch.cuda.empty_cache()  # what the update took, for the engines that wake up now
+    on_first_learner(stream.settle)
+    settled = time.perf_counter()
     version = publish(task, ppo.policy)
     finished = time.perf_counter()
     seconds = finished - started
@@ -165,8 +169,9 @@ def one_step(task: LearnerTask, ppo: PPO, step: int) -> dict[str, float]:
         **metrics,
         "staleness": batch.staleness,
         "adapter_version": version,
+        "time_rollout_s": batch.metrics["time_rollout_s"] + settled - learned,
         "time_learn_s": learned - received,
-        "time_push_s": finished - learned,
+        "time_push_s": finished - settled,
         "time_step_s": seconds,
         "tokens_per_s": sum(len(r.response_ids) for r in batch.rollouts) / seconds,
         "samples_per_s": len(batch.rollouts) / seconds,

@@ -1,5 +1,6 @@
 """Load a base model and its tokenizer, quantised or not, and write the dequantised twin that engines serve."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -174,6 +175,10 @@ def _keep_gradients_right_on_cpu(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no declared attribute of nn.Module
 
 
+def _transpose(linear: Any) -> None:
+    linear.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
+
+
 def write_dequantized_base(config: PolicyConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Path:
     """Write the quantised base, dequantised once, as a plain checkpoint: what the learner computes.
 
@@ -182,17 +187,21 @@ def write_dequantized_base(config: PolicyConfig, folder: Path, device: torch.dev
     """
     if folder.exists():
         return folder
-    model: Any = load_base(config, device)
+    # As the learner loads it, wherever this runs: the weights are rounded to `dtype`, then quantised.
+    as_learner = config.model_copy(update={"compute_dtype": str(dtype).removeprefix("torch.")})
+    model: Any = load_base(as_learner, device)
     transposed = [name for name, module in model.named_modules() if is_conv1d(module)]
     model = model.dequantize().to(dtype)
     for name in transposed:
-        linear = model.get_submodule(name)
-        linear.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
+        _transpose(model.get_submodule(name))
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
+    del model
+    gc.collect()  # a quantised weight and its layer refer to each other
+    torch.cuda.empty_cache()  # the device is the engines' and the learners' from here on
     load_tokenizer(config).save_pretrained(scratch)
     os.replace(scratch, folder)
     return folder

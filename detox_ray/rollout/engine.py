@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -27,9 +28,9 @@ Sync = Literal["adapter", "merged"]
 class EngineSpec:
     """All an engine needs to start, small enough to send.
 
-    `model` is a folder or hub id of unquantised weights (or of what vLLM quantises itself), `max_length` the longest
-    prompt + response in tokens, `end_ids` the tokens that end a response, `tensor_parallel` over how many devices the
-    model is spread, `in_turns` whether it will be asked to sleep.
+    `model` is a folder or hub id of unquantised weights, `max_length` the longest prompt + response in tokens,
+    `end_ids` the tokens that end a response, `tensor_parallel` over how many devices the model is spread, `in_turns`
+    whether it will be asked to sleep.
     """
 
     kind: Kind
@@ -44,7 +45,6 @@ class EngineSpec:
     max_num_seqs: int
     kv_cache_mib: int
     device: Literal["cpu", "cuda"] = "cpu"
-    bitsandbytes: bool = False
     tensor_parallel: int = 1
     in_turns: bool = False
 
@@ -92,7 +92,7 @@ def choose_engine(config: RolloutConfig, architecture: str) -> tuple[Kind, Sync,
     Raises:
         ConfigError: the configured engine, sync or base does not work with the architecture or with each other.
     """
-    vllm = _why_not_vllm(architecture)
+    vllm = _why_not_vllm(architecture, config.num_gpus)
     if config.engine == "vllm" and vllm is not None:
         raise ConfigError(f"rollout.engine=vllm: {vllm}; {_remedy(vllm)} set rollout.engine=transformers")
     if config.engine == "transformers" or vllm is not None:
@@ -101,10 +101,6 @@ def choose_engine(config: RolloutConfig, architecture: str) -> tuple[Kind, Sync,
         if alien:
             raise ConfigError(f"rollout.{alien[0]} needs the vllm engine, and the engine is transformers; leave it out")
         return "transformers", "adapter", vllm or "engine: transformers was asked for"
-    if config.base == "bitsandbytes":
-        if config.sync == "merged":
-            raise ConfigError("rollout.sync=merged: a base that vLLM quantises cannot be merged into; use adapter")
-        return "vllm", "adapter", "a base that vLLM quantises cannot be merged into"
     if config.sync == "adapter" and architecture in WITHOUT_LORA:
         raise ConfigError(f"rollout.sync=adapter: vLLM has no LoRA for {architecture}; use rollout.sync=merged")
     if config.sync != "auto":
@@ -112,14 +108,16 @@ def choose_engine(config: RolloutConfig, architecture: str) -> tuple[Kind, Sync,
     return "vllm", "merged", f"vLLM serves {architecture}, and one merged policy is faster than a LoRA slot"
 
 
-def _why_not_vllm(architecture: str) -> str | None:
-    """What keeps vLLM from serving a model class with pushes, or None.
+def _why_not_vllm(architecture: str, num_gpus: float) -> str | None:
+    """What keeps the vLLM that is installed from serving a model class with pushes, or None.
 
     Reads vLLM's own list of model classes as source text: importing vLLM would cost ten seconds.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return NOT_INSTALLED
+    if num_gpus == 0 and not _is_built_for_cpu():
+        return "the vLLM installed is the build for GPUs, and rollout.num_gpus=0"
     source = (Path(spec.origin).parent / "model_executor" / "models" / "registry.py").read_text(encoding="utf-8")
     served = source.partition("_PREVIOUSLY_SUPPORTED_MODELS")[0]
     if f'"{architecture}"' not in served:
@@ -127,6 +125,14 @@ def _why_not_vllm(architecture: str) -> str | None:
     if architecture in WITHOUT_PUSH:
         return f"vLLM cannot take new weights for {architecture}"
     return None
+
+
+def _is_built_for_cpu() -> bool:
+    """What vLLM itself goes by: its build for CPUs is another package, or has "cpu" in its version."""
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        return True
 
 
 def _remedy(problem: str) -> str:

@@ -133,7 +133,12 @@ class WorkerPool:
         """
         for _ in range(ATTEMPTS):
             try:
-                return ray.get(part.reference, timeout=self._config.timeout_s)
+                rollouts = ray.get(part.reference, timeout=self._config.timeout_s)
+                if self._push is None or all(rollout.adapter_version >= 0 for rollout in rollouts):
+                    return rollouts
+                # It died while nobody asked, and was back on the pristine base when this part came.
+                self._restore(part.worker, RayActorError(), part.restarts)
+                self._ask(part)
             except (RayActorError, GetTimeoutError) as error:
                 self._restore(part.worker, error, part.restarts)
                 self._ask(part)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,10 +88,11 @@ class RolloutStream:
     seed: int
     evaluation: Evaluation | None = None
     _in_flight: dict[int, Future[Gathered]] = field(default_factory=dict)
+    _sampled: dict[int, Event] = field(default_factory=dict)
     _executor: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_flight": {}, "_executor": None}
+        return {**self.__dict__, "_in_flight": {}, "_sampled": {}, "_executor": None}
 
     def connect(self) -> None:
         """See `WorkerPool.connect`."""
@@ -99,6 +101,11 @@ class RolloutStream:
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
         """See `WorkerPool.publish`."""
         return self.pool.publish(make_adapter, canary)
+
+    def settle(self) -> None:
+        """Wait until the workers have sampled all batches under way: a push comes after what they were asked before."""
+        for sampled in self._sampled.values():
+            sampled.wait()
 
     def next_batch(self, step: int, last_step: int) -> Batch:
         """The scored batch of `step`; with `max_staleness` > 0 the following ones, up to `last_step`, are started too.
@@ -112,9 +119,11 @@ class RolloutStream:
             if ahead not in self._in_flight:
                 prompts = self.prompts_for_step(ahead)
                 parts = self.pool.submit(prompts, self.config.samples_per_prompt, self._sampling(ahead))
-                self._in_flight[ahead] = self._threads().submit(self._gather, parts)
+                self._sampled[ahead] = Event()
+                self._in_flight[ahead] = self._threads().submit(self._gather, parts, self._sampled[ahead])
         asked = time.perf_counter()
         gathered = self._in_flight.pop(step).result()
+        del self._sampled[step]
         staleness = self._checked_staleness(gathered.rollouts)
         metrics = {
             **gathered.metrics,
@@ -126,7 +135,9 @@ class RolloutStream:
 
     def discard(self) -> None:
         """Forget the batches under way; their steps are sampled anew by the adapter published next."""
+        self.settle()
         self._in_flight.clear()
+        self._sampled.clear()
 
     def evaluate(self, step: int, reward: float) -> None:
         """Begin an evaluation of the adapter that is served now, if the run wants any."""
@@ -145,8 +156,23 @@ class RolloutStream:
     def _sampling(self, step: int) -> Sampling:
         return sampling_of(self.config, seed=(self.seed * 1_000_003 + step) % 2**31)
 
-    def _gather(self, parts: list[Part]) -> Gathered:
+    def _gather(self, parts: list[Part], all_sampled: Event) -> Gathered:
         """Wait for the parts in the order they finish, and have each scored while the others go on."""
+        try:
+            finished = self._sampled_parts(parts)
+        finally:
+            all_sampled.set()
+        sampled = time.perf_counter()
+        if self.config.in_turns:
+            self.pool.sleep()
+        ordered = [finished[position] for position in range(len(parts))]
+        rollouts = [rollout for part, _ in ordered for rollout in part]
+        scores = [score for _, future in ordered for score in self.scorer.result(future)]
+        rewards, metrics = self.scorer.reward(rollouts, scores)
+        return Gathered(rollouts, rewards, metrics, sampled)
+
+    def _sampled_parts(self, parts: list[Part]) -> dict[int, tuple[list[Rollout], Any]]:
+        """Position -> rollouts, and the future of their scores."""
         waiting = {part.reference: position for position, part in enumerate(parts)}
         finished: dict[int, tuple[list[Rollout], Any]] = {}
         while waiting:
@@ -156,14 +182,7 @@ class RolloutStream:
                 rollouts = self.pool.result(parts[position])
                 future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
                 finished[position] = (rollouts, future)
-        sampled = time.perf_counter()
-        if self.config.in_turns:
-            self.pool.sleep()
-        ordered = [finished[position] for position in range(len(parts))]
-        rollouts = [rollout for part, _ in ordered for rollout in part]
-        scores = [score for _, future in ordered for score in self.scorer.result(future)]
-        rewards, metrics = self.scorer.reward(rollouts, scores)
-        return Gathered(rollouts, rewards, metrics, sampled)
+        return finished
 
     def _checked_staleness(self, rollouts: Sequence[Rollout]) -> int:
         versions = {r.adapter_version for r in rollouts}

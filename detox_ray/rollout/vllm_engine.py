@@ -3,8 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ if not torch.cuda.is_available():
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
+from vllm.utils.torch_utils import set_random_seed
 
 from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.records import Prompt, Rollout, Sampling
@@ -50,8 +50,6 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if spec.sync == "adapter":
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_bucket(spec.lora_rank)}
-        if spec.bitsandbytes:
-            options["quantization"] = "bitsandbytes"
         self._llm = LLM(
             model=spec.model,
             revision=spec.revision,
@@ -140,32 +138,18 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`: the weights go to main memory, the cache is forgotten."""
-        with self._ending_without_a_part():
-            self._llm.sleep(level=1)
+        self._llm.sleep(level=1)
 
     def _wake(self) -> None:
         if self._llm.llm_engine.is_sleeping():
-            with self._ending_without_a_part():
-                self._llm.wake_up()
+            self._llm.wake_up()
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
         requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
-        with self._ending_without_a_part():
-            return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+        return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
 
     def _on_every_part(self, function: Any, *arguments: Any) -> None:
-        with self._ending_without_a_part():
-            self._llm.collective_rpc(function, args=arguments)
-
-    @contextmanager
-    def _ending_without_a_part(self) -> Iterator[None]:
-        """Where a process with a part of the model has died, end this one too: Ray starts the worker anew."""
-        try:
-            yield
-        except RuntimeError:
-            if self._spec.tensor_parallel > 1 and self._llm.llm_engine.model_executor.is_failed:
-                os._exit(1)
-            raise
+        self._llm.collective_rpc(function, args=arguments)
 
 
 # What follows runs in every process that holds a part of the model, with vLLM's worker there.
@@ -180,7 +164,7 @@ def _serve_merged(worker: Any, adapter: Adapter) -> None:
 
 
 def _seed(_: Any, seed: int) -> None:
-    torch.manual_seed(seed)
+    set_random_seed(seed)  # torch's generators; on GPUs vLLM takes each request's seed from NumPy's
 
 
 def _lora_rank_bucket(rank: int) -> int:

@@ -1,7 +1,9 @@
 """The Ray actor that holds a rollout engine."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,8 @@ from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter, content_digest
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import EngineSpec, load_engine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,39 @@ class RolloutWorker:
             raise SyncError(f"adapter version {adapter.version} arrived with digest {digest}, sent as {adapter.digest}")
         if (adapter.version, digest) == (self._engine.version, self._digest):
             # Asked again because the answer was lost; serve as before and answer anew.
-            return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
+            with ending_when_broken():
+                return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
         if adapter.version <= self._engine.version:
             raise SyncError(
                 f"adapter version {adapter.version} is not newer than {self._engine.version}, which is served"
             )
-        self._engine.apply(adapter)
-        self._digest = digest
-        return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
+        with ending_when_broken():
+            self._engine.apply(adapter)
+            self._digest = digest
+            return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
 
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
         """`samples` responses to each prompt, under the adapter served."""
-        return self._engine.generate(prompts, samples, sampling)
+        with ending_when_broken():
+            return self._engine.generate(prompts, samples, sampling)
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
-        self._engine.sleep()
+        with ending_when_broken():
+            self._engine.sleep()
+
+
+@contextmanager
+def ending_when_broken() -> Iterator[None]:
+    """End this process when its engine fails: Ray starts the worker anew.
+
+    After an error of the device, or without a process that has a part of the model, no later call would succeed either.
+    """
+    try:
+        yield
+    except RuntimeError:
+        logger.exception("the engine failed; this worker ends and is started anew")
+        os._exit(1)
 
 
 def start_workers(spec: EngineSpec, config: RolloutConfig) -> list[Any]:

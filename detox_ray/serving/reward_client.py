@@ -12,6 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from detox_ray.classifier_config import Calibration
 from detox_ray.config import RewardConfig
 from detox_ray.errors import RewardError
 from detox_ray.records import Score
@@ -37,7 +38,7 @@ class RewardClient:
     """The reward app as the learner sees it: submit, go on with other work, collect. Picklable; synchronous."""
 
     def __init__(self, app_name: str, config: RewardConfig) -> None:
-        """`config` holds the calibrations that `fit_and_apply_calibration` returned.
+        """`config` holds numbers for calibrations, such as `fit_calibrations` returned.
 
         Raises:
             RewardError: a calibration is still `fit`.
@@ -101,20 +102,20 @@ class RewardClient:
         return cast(DeploymentResponse, self._handle.score.remote(texts, prompts, self._calibrations))
 
 
-def fit_and_apply_calibration(
+def fit_calibrations(
     config: RewardConfig, app_name: str, texts: Sequence[str], prompts: Sequence[str] | None = None
-) -> RewardConfig:
-    """`config` with every `fit` replaced by the mean and spread of that member's scores of `texts`.
+) -> dict[str, Calibration]:
+    """For every member with `calibration: fit` the mean and spread of its scores of `texts`, by name.
 
     `texts` are N >= 2 responses of the untrained policy, `prompts` what they answer (for `text: prompt_and_response`).
-    Give the result to `RewardClient`; the running app is not touched.
+    Give `with_calibrations` of it to `RewardClient`; the running app is not touched.
 
     Raises:
         RewardError: as `EnsembleDeployment.score` and `fit_calibration`.
     """
     to_fit = [c.name for c in config.classifiers if c.calibration == "fit"]
     if not to_fit:
-        return config
+        return {}
     unscaled = with_calibrations(config, dict.fromkeys(to_fit, UNCALIBRATED))
     scores = RewardClient(app_name, unscaled).score(texts, prompts)
     fitted = {name: fit_calibration(name, np.array([s.per_classifier[name] for s in scores])) for name in to_fit}
@@ -122,4 +123,4 @@ def fit_and_apply_calibration(
         logger.info(
             "classifier %r: mean %.4f, std %.4f over %d texts", name, calibration.mean, calibration.std, len(texts)
         )
-    return with_calibrations(config, fitted)
+    return fitted

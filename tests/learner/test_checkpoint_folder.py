@@ -1,6 +1,7 @@
 """Checkpoints and the run's adapter after what disks and kills do to files."""
 
 import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from detox_ray.errors import ModelError, StorageError, storage_error
+from detox_ray.errors import ModelError, RewardError, StorageError, storage_error
 from detox_ray.learner.checkpoint_folder import (
+    RAY_LIST_FILE,
     is_kept,
     keep_adapter,
     last_whole_checkpoint,
     read_checkpoint,
+    remove_wrong_list,
     write_checkpoint,
 )
+from detox_ray.learner.checkpoints import leave_failure
 from detox_ray.policy.adapter import Adapter, content_digest, load_adapter
+from detox_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.unit
 
@@ -62,12 +67,37 @@ def test_a_damaged_one_is_left_out_for_the_one_before(
     assert last_whole_checkpoint(checkpoints) == (3, checkpoints / "checkpoint_b")
 
 
+def write_list_of_ray(folder: Path, *names: str) -> None:
+    results = [{"checkpoint_dir_name": name, "metrics": {}} for name in names]
+    (folder / RAY_LIST_FILE).write_text(json.dumps({"checkpoint_results": results}))
+
+
 def test_without_any_whole_one_nothing_is_trained_anew_in_silence(checkpoints: Path) -> None:
     for name in "ab":
         cut(checkpoints / f"checkpoint_{name}" / "learner.pt")
+    write_list_of_ray(checkpoints, "checkpoint_b", "checkpoint_a")
     with pytest.raises(StorageError, match="all 2 checkpoints"):
         last_whole_checkpoint(checkpoints)
     assert last_whole_checkpoint(checkpoints / "nowhere") is None
+
+
+def test_the_first_one_that_a_kill_cut_short_is_as_if_it_had_not_been_begun(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_a").mkdir()
+    (tmp_path / "checkpoint_a" / "learner.pt").write_bytes(b"half")
+    assert last_whole_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("listed", [["checkpoint_a", "checkpoint_b"], ["checkpoint_b", "checkpoint_c"], None])
+def test_the_list_of_ray_is_kept_unless_ray_would_not_start_with_it(
+    checkpoints: Path, listed: list[str] | None
+) -> None:
+    if listed is None:
+        (checkpoints / RAY_LIST_FILE).write_text('{"checkpoint_res')
+    else:
+        write_list_of_ray(checkpoints, *listed)
+    remove_wrong_list(checkpoints)
+    assert (checkpoints / RAY_LIST_FILE).exists() == (listed == ["checkpoint_a", "checkpoint_b"])
+    remove_wrong_list(checkpoints / "nowhere")
 
 
 def test_a_changed_adapter_is_noticed(tmp_path: Path) -> None:
@@ -95,3 +125,17 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     assert "\n" not in str(problem)
     assert not (tmp_path / "manifest.json").exists()
     assert storage_error(OSError(errno.ENOENT, "gone")) is None
+
+
+def test_a_failure_that_is_known_is_not_met_again(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise RewardError("the classifier is lost")
+
+    for _ in range(2):
+        leave_failure(tmp_path, fail)
+    assert calls == [1]
+    with pytest.raises(RewardError, match="the classifier is lost"):
+        RunFolder(tmp_path).raise_failure()

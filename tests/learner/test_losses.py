@@ -27,7 +27,7 @@ def test_policy_loss_equals_a_loop_over_tokens() -> None:
         bounded = min(max(ratio, 0.8), 1.2)
         loss -= importance[row, column].item() * min(ratio * advantage, bounded * advantage)
         clipped += abs(ratio - 1) > 0.2
-        kl += math.exp(-difference) - 1 + difference
+        kl += math.exp(difference) - 1 - difference
     assert result.loss.item() == pytest.approx(loss, rel=1e-5)
     assert result.clipped.item() == clipped
     assert result.approx_kl.item() == pytest.approx(kl, rel=1e-4)

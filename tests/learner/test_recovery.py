@@ -13,11 +13,13 @@ import torch
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config import Config, PolicyConfig, RewardConfig
 from detox_ray.errors import DivergenceError
+from detox_ray.learner.checkpoint_folder import write_checkpoint
+from detox_ray.learner.checkpoints import resume
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.learner.recovery import Recovery, refuse_collapsed
 from detox_ray.learner.train_loop import LearnerTask, healthy_step
 from detox_ray.learner_config import TrainConfig
-from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, STEPS_FILE
+from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, REJECTED_FILE, STEPS_FILE
 from detox_ray.policy.adapter import Adapter, load_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
@@ -32,7 +34,7 @@ class Batch:
     rollouts: list[Rollout]
     rewards: np.ndarray
     staleness: int = 0
-    metrics: dict[str, float] = field(default_factory=lambda: {"reward": 0.0})
+    metrics: dict[str, float] = field(default_factory=lambda: {"reward": 0.0, "time_rollout_s": 0.0})
 
 
 class OwnPolicyStream:
@@ -63,6 +65,9 @@ class OwnPolicyStream:
         self.published.append(make_adapter(len(self.published)))
         return len(self.published) - 1
 
+    def settle(self) -> None:
+        pass
+
     def discard(self) -> None:
         self.discarded += 1
 
@@ -82,7 +87,7 @@ def run(
     classifier = ClassifierConfig(name="other", kind="linear", model="other:toxicity")
     config = Config(ppo=ppo.config, reward=RewardConfig(classifiers=[classifier]), train=TrainConfig(total_steps=steps))
     task = LearnerTask(config, str(folder), stream, (0,), 1, 20)
-    recovery = Recovery(ppo, folder, 0)
+    recovery = Recovery(ppo, folder)
     return stream, [healthy_step(task, ppo, recovery, step) for step in range(steps)]
 
 
@@ -115,12 +120,42 @@ def test_the_second_rejection_stops_the_run_with_the_evidence(tiny_model: str, t
     assert (tmp_path / ADAPTER_FOLDER / STEPS_FILE).read_text() == "0"
 
 
+def test_what_was_given_up_is_not_the_last_good_one_when_the_next_step_is_bad_too(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DivergenceError, match="of 0 steps"):
+        run(learner(tiny_model), tmp_path, 3, {1: 1, 2: 1})
+    assert [line["step"] for line in rejected(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(("checkpoints", "gone_back_to"), [([3, 5], 4), ([5], 0)])
+def test_a_continued_run_goes_back_to_before_the_checkpoint_it_goes_on_from(
+    tiny_model: str, tmp_path: Path, checkpoints: list[int], gone_back_to: int
+) -> None:
+    ppo = learner(tiny_model)
+    saved = {0: ppo.policy.adapter(0)}
+    recovery = Recovery(ppo, tmp_path)
+    for step in checkpoints:
+        with torch.no_grad():
+            for parameter in ppo.policy.trainable().values():
+                parameter += 0.01
+        saved[step + 1] = ppo.policy.adapter(0)
+        (folder := tmp_path / CHECKPOINT_FOLDER / f"checkpoint_{step}").mkdir(parents=True)
+        write_checkpoint(folder, step, ppo.policy.adapter(0), ppo.state())
+    first = resume(ppo, tmp_path / CHECKPOINT_FOLDER)
+    assert first == 6
+    recovery.resumed(first)
+    recovery.begin_step(first)
+    recovery.roll_back(first, DivergenceError("any"))
+    assert ppo.policy.adapter(0).digest == saved[gone_back_to].digest
+
+
 @pytest.mark.parametrize("rewards", [[np.nan] * 8, [1e30, -1e30] * 4])
 def test_a_loss_that_is_no_number_or_explodes_is_rejected_and_undone(
     tiny_model: str, tmp_path: Path, rewards: list[float]
 ) -> None:
     ppo = learner(tiny_model)
-    recovery = Recovery(ppo, tmp_path, 0)
+    recovery = Recovery(ppo, tmp_path)
     before = ppo.policy.adapter(0).tensors
     stream = OwnPolicyStream(ppo.policy, {})
     with pytest.raises(DivergenceError, match=r"value loss (nan|inf|[0-9.]+e\+\d+)") as problem:
@@ -155,7 +190,7 @@ def test_a_policy_far_from_the_reference_is_rejected(tiny_model: str, tmp_path: 
 
 def test_the_scale_of_the_rates_is_part_of_a_checkpoint(tiny_model: str, tmp_path: Path) -> None:
     ppo, other = learner(tiny_model), learner(tiny_model)
-    Recovery(ppo, tmp_path, 0).roll_back(0, DivergenceError("any"))
+    Recovery(ppo, tmp_path).roll_back(0, DivergenceError("any"))
     other.load_state(ppo.state())
     assert other.rate_scale == 0.3
 

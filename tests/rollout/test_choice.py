@@ -34,10 +34,20 @@ def test_auto_knows_what_vllm_serves(architecture: str, expected: tuple[str, str
 
 
 def test_without_vllm_transformers_is_chosen_and_vllm_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_why_not_vllm", lambda architecture: engine.NOT_INSTALLED)
+    monkeypatch.setattr(engine, "_why_not_vllm", lambda architecture, num_gpus: engine.NOT_INSTALLED)
     assert choose_engine(RolloutConfig(), "LlamaForCausalLM") == ("transformers", "adapter", "vLLM is not installed")
     with pytest.raises(ConfigError, match="vLLM is not installed; install"):
         choose_engine(RolloutConfig(engine="vllm"), "LlamaForCausalLM")
+
+
+def test_vllm_built_for_gpus_is_not_given_one_that_the_configuration_does_not_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("vllm.version", reason="vLLM is not installed")
+    monkeypatch.setattr(engine, "_is_built_for_cpu", lambda: False)
+    kind, _, reason = choose_engine(RolloutConfig(), "LlamaForCausalLM")
+    assert (kind, reason) == ("transformers", "the vLLM installed is the build for GPUs, and rollout.num_gpus=0")
+    assert choose_engine(RolloutConfig(num_gpus=1), "LlamaForCausalLM")[0] == "vllm"
 
 
 def test_vllm_for_what_it_does_not_serve_is_refused() -> None:
@@ -51,8 +61,7 @@ def test_vllm_for_what_it_does_not_serve_is_refused() -> None:
     [
         ({"sync": "adapter"}, "GPT2LMHeadModel", r"no LoRA for GPT2LMHeadModel; use rollout\.sync=merged"),
         ({"sync": "merged"}, "GPTNeoForCausalLM", r"rollout\.sync=merged needs the vllm engine"),
-        ({"engine": "transformers", "base": "bitsandbytes"}, "LlamaForCausalLM", r"base=bitsandbytes needs the vllm"),
-        ({"sync": "merged", "base": "bitsandbytes"}, "LlamaForCausalLM", "cannot be merged into"),
+        ({"engine": "transformers", "tensor_parallel": 2}, "LlamaForCausalLM", r"tensor_parallel=2 needs the vllm eng"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict, architecture: str, message: str) -> None:

@@ -3,7 +3,9 @@
 import os
 import pickle
 import signal
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import ray
 import torch
 from hung_process import stop_when_seen
+from ray.exceptions import RayActorError
 
 from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
 from detox_ray.errors import ModelError, SyncError
@@ -138,6 +141,8 @@ def test_a_batch_ahead_is_sampled_and_scored_while_the_learner_learns(
 ) -> None:
     publish(stale_stream, policy)
     stale_stream.next_batch(0, last_step=3)
+    stale_stream.settle()
+    assert stale_stream._sampled[1].is_set()
     ahead = stale_stream._in_flight[1]
     assert ahead.result(timeout=60).rewards.shape == (10,)
     waited = stale_stream.next_batch(1, last_step=3).metrics
@@ -178,6 +183,44 @@ def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy:
     os.kill(ray.get(stream.pool._workers[1].process_id.remote()), signal.SIGKILL)
     assert publish(stream, policy, 0.01) == version + 1
     assert [ray.get(w.version.remote()) for w in stream.pool._workers] == [version + 1] * 2
+
+
+def test_a_worker_that_died_while_nobody_asked_does_not_answer_as_the_untrained_policy(
+    stream: RolloutStream, policy: Policy
+) -> None:
+    version = publish(stream, policy)
+    worker = stream.pool._workers[0]
+    os.kill(ray.get(worker.process_id.remote()), signal.SIGKILL)
+    wait_until_pristine(worker)
+    batch = stream.next_batch(0, last_step=9)
+    assert {r.adapter_version for r in batch.rollouts} == {version}
+    assert batch.metrics["worker_restarts"] == 1
+
+
+def wait_until_pristine(worker: Any, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with suppress(RayActorError):
+            if ray.get(worker.version.remote()) == -1:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the worker did not come back")
+
+
+def test_a_worker_whose_engine_fails_is_started_anew(stream: RolloutStream, policy: Policy) -> None:
+    def break_down(actor: Any) -> None:
+        def fail(*_: Any) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        actor._engine.generate = fail
+
+    version = publish(stream, policy)
+    worker = stream.pool._workers[1]
+    before = ray.get(worker.process_id.remote())
+    ray.get(worker.__ray_call__.remote(break_down))
+    batch = stream.next_batch(0, last_step=9)
+    assert {r.adapter_version for r in batch.rollouts} == {version}
+    assert ray.get(worker.process_id.remote()) != before
 
 
 def test_engines_sleep_from_the_end_of_a_batch_to_the_next_push(stream_in_turns: RolloutStream, policy: Policy) -> None:

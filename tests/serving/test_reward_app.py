@@ -15,8 +15,9 @@ from detox_ray.classifier_config import Calibration, ClassifierConfig
 from detox_ray.config import RewardConfig
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards.classifiers import load_classifier
+from detox_ray.rewards.ensemble import with_calibrations
 from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
-from detox_ray.serving.reward_client import RewardClient, fit_and_apply_calibration
+from detox_ray.serving.reward_client import RewardClient, fit_calibrations
 from detox_ray.serving.texts import texts_to_read
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("local_ray")]
@@ -47,7 +48,7 @@ def config(tiny_classifier: Path) -> RewardConfig:
 def reward_app(config: RewardConfig, local_ray: Path) -> Iterator[RewardConfig]:
     """The app, and its configuration with the fitted calibration."""
     deploy_reward_app(config, APP)
-    yield fit_and_apply_calibration(config, APP, TEXTS)
+    yield with_calibrations(config, fit_calibrations(config, APP, TEXTS))
     delete_reward_app(APP)
 
 
@@ -93,7 +94,7 @@ def test_calibration_is_fitted_on_the_running_app(reward_app: RewardConfig, conf
 def test_fitting_restarts_no_replica(reward_app: RewardConfig, config: RewardConfig) -> None:
     before = replica_pids(APP, "classifier-tiny") | replica_pids(APP, "ensemble")
     assert len(before) == 2
-    assert fit_and_apply_calibration(config, APP, TEXTS) == reward_app
+    assert with_calibrations(config, fit_calibrations(config, APP, TEXTS)) == reward_app
     assert replica_pids(APP, "classifier-tiny") | replica_pids(APP, "ensemble") == before
 
 
@@ -195,7 +196,7 @@ def test_a_constant_classifier_cannot_be_calibrated(deploy: Callable) -> None:
     config = RewardConfig(classifiers=[linear("length", calibration="fit"), linear("constant", calibration="fit")])
     deploy_reward_app(config, "one-test")
     with pytest.raises(RewardError, match="'constant'"):
-        fit_and_apply_calibration(config, "one-test", TEXTS)
+        fit_calibrations(config, "one-test", TEXTS)
 
 
 def test_prompts_are_read_when_the_configuration_says_so(deploy: Callable) -> None:
