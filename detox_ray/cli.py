@@ -24,6 +24,7 @@ app.add_typer(lab, name="lab")
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/laptop.yaml")]
+INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C
 CalibrationMethod = Literal["auto", "none", "temperature", "isotonic"]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as ppo.learning_rate=1e-4")]
 ScorersPath = Annotated[Path, typer.Option(help="YAML file of a run or an evaluation, whose scorers are used")]
@@ -344,7 +345,10 @@ def lab_remove() -> None:
 def main() -> None:
     """Entry point of `detox-ray`."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        status = app(standalone_mode=False) or 0
+        if status == INTERRUPTED:
+            Console(stderr=True).print("stopped; a run that was under way continues with the same command")
+        sys.exit(status)
     except typer.TyperException as error:
         # Wrong options; for a command without its arguments the message is the help.
         typer.echo(error.format_message(), err=True)
@@ -364,9 +368,8 @@ def main() -> None:
         first = str(error).strip().split("\n")[0]
         _print_error(f"Ray failed ({type(error).__name__}: {first}); the same command continues the run")
         sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        Console(stderr=True).print("stopped; the same command continues the run")
-        sys.exit(130)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
 
 
 def _is_of_ray(error: Exception) -> bool:

@@ -180,6 +180,18 @@ def test_wrong_options(
     assert "\n" not in error
 
 
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detox_ray.cli.load_config", interrupt)
+    monkeypatch.setattr(sys, "argv", ["detox-ray", "train", "configs/laptop.yaml"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    assert "continues with the same command" in " ".join(capsys.readouterr().err.split())
+
+
 def test_no_command_shows_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["detox-ray"])
     with pytest.raises(SystemExit):
