@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 
 from detox_ray.config_file import dump_config, load_config, read_tree
 from detox_ray.config_section import Section
@@ -35,7 +36,8 @@ RunPath = Annotated[Path, typer.Argument(help="run folder, such as runs/demo")]
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, evaluate before and after, and write the report; continues a run that was stopped."""
     settings = load_config(config, overrides or [])
-    from detox_ray import loop
+    with _loading():
+        from detox_ray import loop
 
     loop.train(settings)
 
@@ -43,8 +45,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune on prompts and responses, keep the adapter of the lowest dev loss; continues a run that was stopped."""
-    from detox_ray.sft import fine_tune
-    from detox_ray.sft_config import load_sft_config
+    with _loading():
+        from detox_ray.sft import fine_tune
+        from detox_ray.sft_config import load_sft_config
 
     fine_tune(load_sft_config(config, overrides or []))
 
@@ -55,7 +58,8 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure how toxic and how fluent systems are, side by side; continues an evaluation that was stopped."""
-    from detox_ray import measurement
+    with _loading():
+        from detox_ray import measurement
 
     measurement.evaluate(target, overrides or [])
 
@@ -80,7 +84,8 @@ def analyze(
     relevance_model: Annotated[str | None, typer.Option(help="sentence encoder, folder or hub id")] = None,
 ) -> None:
     """Say what changed inside the tuned model, and show it in the report; needs the extra `analysis`."""
-    from detox_ray.evaluation import analysis
+    with _loading():
+        from detox_ray.evaluation import analysis
     from detox_ray.evaluation.report import write_report
     from detox_ray.terminal import Terminal
 
@@ -123,7 +128,8 @@ def chat(
     folder: RunPath, seed: Annotated[int, typer.Option(min=0, help="of the first answers; then one more each time")] = 0
 ) -> None:
     """Talk to a run's base, fine-tuned and tuned model side by side in the terminal."""
-    from detox_ray.chat import chat as talk
+    with _loading():
+        from detox_ray.chat import chat as talk
 
     talk(folder, seed)
 
@@ -144,7 +150,8 @@ def export(
     public: Annotated[bool, typer.Option(help="a repository that is made is public")] = False,
 ) -> None:
     """Write the trained model for others: safetensors, tokenizer, generation settings and a model card."""
-    from detox_ray import export as exporting
+    with _loading():
+        from detox_ray import export as exporting
 
     written = exporting.export(folder, output or folder / "export", form, base, dtype)
     typer.echo(written)
@@ -299,11 +306,12 @@ def plan(
     gpu_memory_gib: Annotated[float | None, typer.Option(help="of one GPU; none: that of the GPU here")] = None,
 ) -> None:
     """Say what a run needs of memory and of Ray, by role, and refuse one that cannot fit; loads nothing."""
-    from detox_ray import memory_plan
-    from detox_ray.data.lab import resolve_lab
-    from detox_ray.placement import learner_placement, placement_table, placements
-    from detox_ray.sft_config import SFTConfig, load_run_config
-    from detox_ray.tuning_memory import plan_tuning_memory
+    with _loading():
+        from detox_ray import memory_plan
+        from detox_ray.data.lab import resolve_lab
+        from detox_ray.placement import learner_placement, placement_table, placements
+        from detox_ray.sft_config import SFTConfig, load_run_config
+        from detox_ray.tuning_memory import plan_tuning_memory
 
     settings = resolve_lab(load_run_config(config, overrides or []))
     if isinstance(settings, SFTConfig):
@@ -370,6 +378,11 @@ def main() -> None:
         sys.exit(1)
     except typer.Abort:
         sys.exit(INTERRUPTED)
+
+
+def _loading() -> Status:
+    """Shown in a terminal while torch, transformers and Ray are imported, which takes seconds."""
+    return Console(stderr=True).status("loading")
 
 
 def _is_of_ray(error: Exception) -> bool:
