@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from detox_ray.config import Config
 from detox_ray.config_file import dump_config, load_config, read_tree
 from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError, DetoxError, storage_error
@@ -286,13 +287,14 @@ def playground(
 def config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved configuration of a run, an evaluation or the scoring service."""
     from detox_ray.meter_config import meter_config
-    from detox_ray.serving.api_config import load_api_config
+    from detox_ray.serving.api_config import ApiConfig, load_api_config
     from detox_ray.sft_config import load_run_config
 
-    sections, given = read_tree(config).keys(), overrides or []
+    given = overrides or []
+    sections = read_tree(config, given).keys()
     if "systems" in sections:
         resolved: Section = meter_config(config, given)
-    elif "reward" in sections and not sections & {"policy", "data"}:
+    elif sections & (ApiConfig.model_fields.keys() - Config.model_fields.keys()):
         resolved = load_api_config(config, given)
     else:
         resolved = load_run_config(config, given)
@@ -361,6 +363,8 @@ def main() -> None:
         # Wrong options; for a command without its arguments the message is the help.
         typer.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
     except DetoxError as error:
         _print_error(error)
         sys.exit(2)
@@ -376,8 +380,6 @@ def main() -> None:
         first = str(error).strip().split("\n")[0]
         _print_error(f"Ray failed ({type(error).__name__}: {first}); the same command continues the run")
         sys.exit(1)
-    except typer.Abort:
-        sys.exit(INTERRUPTED)
 
 
 def _loading() -> Status:

@@ -111,8 +111,9 @@ def merged_model(run: RunFolder, policy: PolicyConfig, base: Base, dtype: Dtype)
     if base == "trained" and policy.quantization != "none":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         learned_on = torch.device("cuda" if run.read_config_tree().get("train", {}).get("num_gpus") else "cpu")
-        folder = run.dequantized_base(policy)
-        source = str(write_dequantized_base(policy, folder, device, compute_dtype(policy, learned_on)))
+        precision = compute_dtype(policy, learned_on)
+        folder = run.dequantized_base(policy, str(precision).removeprefix("torch."))
+        source = str(write_dequantized_base(policy, folder, device, precision))
         revision = None
     model_config = load_model_config(policy)
     model = language_model_class(model_config).from_pretrained(

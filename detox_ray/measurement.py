@@ -22,7 +22,7 @@ from detox_ray.evaluation.file_system import FileSystem, read_file_systems
 from detox_ray.evaluation.meter import PerplexityModel, score_responses
 from detox_ray.evaluation.perplexity import load_reference_model
 from detox_ray.evaluation.report import write_report
-from detox_ray.evaluation.responses import SystemResponses, align, group_rollouts
+from detox_ray.evaluation.responses import WORDS, SystemResponses, align, group_rollouts, rows_like
 from detox_ray.evaluation.sampled_file import FOLDER as SAMPLED_FOLDER
 from detox_ray.evaluation.sampled_file import SampledFile
 from detox_ray.evaluation.summary import evaluation_table
@@ -78,6 +78,7 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
     if cluster_address(config.ray) is None:
         check_placements(needed, local_capacity(config.ray))
     files = _read_files(config, terminal)
+    _refuse_two_scorers_of_one_name(config, files)
     folder = RunFolder.claim(config.folder)
     terminal.stage(f"evaluation folder {folder.path}")
     bases = [_plan_base(systems, config, folder, terminal) for systems in _by_base(config.systems)]
@@ -168,7 +169,10 @@ def judge_and_report(
         DataError: the systems answered different prompts.
         RewardError: a scorer failed.
     """
+    given = {system.name: system.prompts for system in systems}
     systems = align(systems)
+    rows = {system.name: rows_like(given[system.name], system.prompts) for system in systems}
+    known = {name: {by: scores[rows[name]] for by, scores in of_system.items()} for name, of_system in known.items()}
     names = [scorer.name for scorer in config.scorers]
     names += sorted(set.intersection(*(set(known.get(system.name, ())) for system in systems)) - {*names})
     if not names:
@@ -183,8 +187,9 @@ def judge_and_report(
             encoder = config.relevance_model, config.relevance_revision
             scored.append(score_responses(system, scorers, model, *encoder, own))
             progress(number)
-    protocol = Protocol(names, config.seed, config.bootstrap_resamples, config.perplexity_model, config.relevance_model)
-    evaluation = compare(scored, protocol) | more
+    read_by = config.perplexity_model, config.relevance_model
+    protocol = Protocol(names, config.seed, config.bootstrap_resamples, *read_by, _counted_in(config))
+    evaluation = compare(scored, protocol) | _sampling(config) | more
     write_evaluation(folder.path, evaluation, scored)
     report = write_report(folder.path)
     shutil.rmtree(folder.path / SAMPLED_FOLDER, ignore_errors=True)
@@ -192,6 +197,20 @@ def judge_and_report(
     folder.release()
     terminal.stage(f"report: {report}")
     return evaluation
+
+
+def _counted_in(config: MeterConfig) -> str:
+    """The model whose tokens all systems have; else words."""
+    of_files = config.perplexity_model or WORDS
+    models = {system.policy.model if system.policy else of_files for system in config.systems}
+    return models.pop() if len(models) == 1 else WORDS
+
+
+def _sampling(config: MeterConfig) -> dict[str, Any]:
+    """How the models among the systems were sampled; nothing where all of them are files."""
+    if not any(system.policy for system in config.systems):
+        return {}
+    return {"sampling": config.rollout.model_dump(include={"max_new_tokens", "temperature", "top_p", "top_k"})}
 
 
 def _read_files(config: MeterConfig, terminal: Terminal) -> dict[str, list[FileSystem]]:
@@ -204,6 +223,20 @@ def _read_files(config: MeterConfig, terminal: Terminal) -> dict[str, list[FileS
             for reason, count in counts.items():
                 terminal.stage(f"{system.name}: {count} x {reason}")
     return files
+
+
+def _refuse_two_scorers_of_one_name(config: MeterConfig, files: Mapping[str, list[FileSystem]]) -> None:
+    """Raises:
+    ConfigError: a file came with scores under the name of a scorer that is to score now.
+    """
+    names = {scorer.name for scorer in config.scorers}
+    for of_system in files.values():
+        for file in of_system:
+            if both := names & file.scores.keys():
+                raise ConfigError(
+                    f"{min(both)!r} is a scorer and a column of scores of {file.responses.name!r}; rename it in "
+                    "columns.scores, or leave the scorer out"
+                )
 
 
 def _by_base(systems: Sequence[SystemConfig]) -> list[list[SystemConfig]]:

@@ -1,5 +1,6 @@
 """A run that is known to fit together, before anything expensive starts."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
@@ -9,6 +10,7 @@ from detox_ray.cluster import check_cluster_answers, cluster_address, local_capa
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.config_section import S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
+from detox_ray.data.overlap import heldout_may_be_learned
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
 from detox_ray.placement import check_placements, placements
@@ -27,6 +29,8 @@ from detox_ray.rollout.engine import EngineSpec, choose_engine
 from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.terminal import Terminal
 from detox_ray.tracking.tracker import check_tracking
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     terminal.stage(f"run folder {run.path}")
     terminal.stage(f"{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts{_skipped(prompts)}")
     terminal.stage(reason)
+    if caution := heldout_may_be_learned(given):
+        terminal.stage(caution)
+        logger.warning(caution)
     engine = with_dequantized_base(engine, config.policy, config.rollout, run, device)
     return Plan(config, run, prompts, engine)
 
@@ -151,7 +158,9 @@ def with_dequantized_base(
     if rollout.base != "dequantized" or policy.quantization == "none":
         return spec
     device = learner_device if torch.cuda.is_available() else torch.device("cpu")
-    base = write_dequantized_base(policy, folder.dequantized_base(policy), device, getattr(torch, spec.dtype))
+    base = write_dequantized_base(
+        policy, folder.dequantized_base(policy, spec.dtype), device, getattr(torch, spec.dtype)
+    )
     return replace(spec, model=str(base), revision=None)
 
 

@@ -23,7 +23,7 @@ from detox_ray.records import Prompt
 from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.run_folder import RunFolder
 from detox_ray.serving.api_config import HttpConfig
-from detox_ray.serving.foreground import serve_session, wait_until_stopped
+from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_until_stopped
 from detox_ray.serving.playground.cards import Scorer, SystemLabel
 from detox_ray.serving.playground.engine import EngineSetup
 from detox_ray.serving.playground.prompts import OfferedPrompt
@@ -78,21 +78,20 @@ def playground(
         check_adapter(config.policy.model_copy(update={"adapter": str(path)}))
     setup = page_setup(run, given, list(adapters), offered_prompts(config, prompts, text_column))
 
-    from ray import serve
-
     from detox_ray.serving.playground.app import build_playground
     from detox_ray.serving.reward_app import deploy_in_background, wait_until_running
 
     with serve_session(config.ray, http.host, http.port, request_timeout_s=None) as address:
         engine = engine_setup(config, tuple(adapters.values()))
         reward = RewardConfig(classifiers=[for_one_reader(scorer) for scorer in scorers])
-        deploy_in_background(build_playground(setup, engine, reward), APP_NAME, "/")
-        wait_for_page(address)
-        terminal.stage(f"{address} (the models are still loading)")
-        wait_until_running(APP_NAME)
-        terminal.stage("ready; Ctrl-C stops it")
-        wait_until_stopped(stop)
-        serve.delete(APP_NAME)
+        app = build_playground(setup, engine, reward)
+        with deleted_at_the_end(APP_NAME):
+            deploy_in_background(app, APP_NAME, "/")
+            wait_for_page(address)
+            terminal.stage(f"{address} (the models are still loading)")
+            wait_until_running(APP_NAME)
+            terminal.stage("ready; Ctrl-C stops it")
+            wait_until_stopped(stop)
 
 
 def wait_for_page(address: str) -> None:

@@ -70,9 +70,9 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINT_FOLDER
 
-    def dequantized_base(self, policy: PolicyConfig) -> Path:
-        """Of one base: a folder of evaluations may hold several."""
-        return self.path / f"dequantized_base-{hashlib.sha256(policy.base_identity.encode()).hexdigest()[:8]}"
+    def dequantized_base(self, policy: PolicyConfig, dtype: str) -> Path:
+        """Of one base in one precision, such as `bfloat16`: a folder of evaluations may hold several."""
+        return self.path / f"dequantized_base-{hashlib.sha256((policy.base_identity + dtype).encode()).hexdigest()[:8]}"
 
     @property
     def ray_logs(self) -> Path:

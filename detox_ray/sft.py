@@ -9,6 +9,7 @@ from typing import Any
 from detox_ray.cluster import cluster_address, local_capacity, ray_session, wait_in_words
 from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
 from detox_ray.errors import ConfigError, ModelError
+from detox_ray.learner.sft import steps_of_a_pass
 from detox_ray.learner.sft_loop import TuningTask, sft_loop
 from detox_ray.metrics_file import DEV_PROMPTS_FILE, FINE_TUNING_FILE, write_atomically
 from detox_ray.placement import check_placements, learner_placement
@@ -37,7 +38,9 @@ class TuningPlan:
     def total_steps(self) -> int:
         """Optimiser steps, as configured or of so many epochs."""
         train = self.config.train
-        return train.total_steps or math.ceil(train.epochs * len(self.examples.train) / train.batch_size)
+        return train.total_steps or math.ceil(
+            train.epochs * steps_of_a_pass(len(self.examples.train), train.batch_size)
+        )
 
 
 def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:

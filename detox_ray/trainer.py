@@ -54,8 +54,12 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
     work = cloudpickle.dumps(partial(loop, task))
     for _ in range(config.max_failures + 1):
         remove_wrong_list(run.checkpoints)
+        trainer = _trainer(work, config, run)
         try:
-            _trainer(work, config, run).fit()
+            trainer.fit()
+        except KeyboardInterrupt:
+            trainer.stop()
+            raise
         except RayActorError as error:
             logger.warning("Ray Train's controller is lost (%s); starting another", type(error).__name__)
             _remove_placement_groups()
@@ -74,14 +78,15 @@ class _Trainer(TorchTrainer):
 
     The cleaner of placement groups is detached and asks whichever cluster was last started on its machine: with several
     of them it may remove the groups of a live run, or outlive its own. What it is for is done here. The manager of data
-    sets has nothing to do, as learners are sent none. The handler of SIGINT stays when training is over, where it does
-    nothing; without it KeyboardInterrupt is raised, and what the run has started is stopped as after any error.
+    sets has nothing to do, as learners are sent none. The handler of SIGINT would stay when training is over, and do
+    nothing there; without it KeyboardInterrupt is raised.
     """
 
     def __init__(self, *arguments: Any, timeout_s: float, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._timeout_s = timeout_s
         self._ended = threading.Event()
+        self._controller: Any = None
 
     def fit(self) -> Any:
         """Train once, to the end; `RayActorError` where the controller died or was killed."""
@@ -90,16 +95,23 @@ class _Trainer(TorchTrainer):
         finally:
             self._ended.set()
 
+    def stop(self) -> None:
+        """End the controller and its learners, on a Ray that may stay."""
+        if self._controller is not None:
+            ray.kill(self._controller)
+            _remove_placement_groups()
+
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         without = (PlacementGroupCleanerCallback, DatasetsCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
         watched = (controller, "Ray Train's controller", self._timeout_s, self._ended)
         threading.Thread(target=kill_when_hung, args=watched, daemon=True).start()
 
 
-def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> TorchTrainer:
+def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> _Trainer:
     return _Trainer(
         _run_packed,
         train_loop_config={"work": work},

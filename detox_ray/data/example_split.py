@@ -49,7 +49,7 @@ def load_examples(
     source = _read(config.source, config)
     groups = writer.by_group(source, seed)
     if config.dev_source is None:
-        dev = _first_groups(groups, config.dev_examples)
+        dev = _first_groups(groups, writer.prompts, config.dev_examples)
     else:
         dev = writer.by_group(_read(config.dev_source, config), seed)
         writer.left_out["beginning like a dev example"] += sum(
@@ -95,13 +95,20 @@ def _read(source: str, config: ExampleConfig) -> ExampleFile:
     return read_examples(source, config.format, config.prompt_column, config.response_column)
 
 
-def _first_groups(groups: dict[str, list[TokenizedExample]], examples: int) -> dict[str, list[TokenizedExample]]:
-    """The first groups that hold `examples` together, whole."""
+def _first_groups(
+    groups: dict[str, list[TokenizedExample]], prompts: dict[str, set[str]], wanted: int
+) -> dict[str, list[TokenizedExample]]:
+    """The first groups, whole, that hold so many different prompts together, which is how `load_prompts` counts.
+
+    `prompts`: group -> the different prompts of its examples.
+    """
     chosen: dict[str, list[TokenizedExample]] = {}
+    held = 0
     for group, members in groups.items():
-        if sum(map(len, chosen.values())) >= examples:
+        if held >= wanted:
             break
         chosen[group] = members
+        held += len(prompts[group])
     return chosen
 
 
@@ -112,6 +119,7 @@ class _Writer:
         self.template = DialogueTemplate(tokenizer, config.template, config.turn_separator)
         self.left_out: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
+        self.prompts: dict[str, set[str]] = {}  # group -> the different prompts of the examples that fit
         self._config = config
         self._end_ids = end_ids
 
@@ -121,7 +129,9 @@ class _Writer:
         groups: dict[str, list[TokenizedExample]] = {}
         for example in file.examples:
             if (tokenized := self._fitted(example)) is not None:
-                groups.setdefault(normalized(example.turns[0]), []).append(tokenized)
+                group = normalized(example.turns[0])
+                groups.setdefault(group, []).append(tokenized)
+                self.prompts.setdefault(group, set()).add(normalized(" ".join(example.turns)))
         return {group: groups[group] for group in sorted(groups, key=lambda group: group_digest(seed, group))}
 
     def _fitted(self, example: Example) -> TokenizedExample | None:

@@ -212,7 +212,8 @@ def _text_and_meta(record: Record, config: DataConfig) -> tuple[str, dict[str, A
         DataError: the text is not text.
     """
     value = record[config.text_column]
-    meta = {k: v for k, v in record.items() if k != config.text_column and not isinstance(v, Mapping | list)}
+    ours = (config.text_column, REFERENCES, LEAD)  # the last two are what `read_examples` finds, not a column
+    meta = {k: v for k, v in record.items() if k not in ours and not isinstance(v, Mapping | list)}
     if isinstance(value, Mapping) and "text" in value:
         meta |= {k: v for k, v in value.items() if k != "text"}
         value = value["text"]

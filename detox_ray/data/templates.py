@@ -62,7 +62,8 @@ class DialogueTemplate:
             return WrittenPrompt(text, (*self._start, *self._ids(text), *self._stop))
         # The template writes the start token itself, or wants none.
         text = self._chat_text(turns)
-        return WrittenPrompt(text.removeprefix(str(self._tokenizer.bos_token)), (*self._ids(text), *self._stop))
+        shown = text.removeprefix(str(self._tokenizer.bos_token)) if self._start else text
+        return WrittenPrompt(shown, (*self._ids(text), *self._stop))
 
     def fitting_prompt(self, turns: Sequence[str], max_tokens: int, trim: bool) -> WrittenPrompt | None:
         """The prompt in at most `max_tokens` tokens, with `trim` without the earliest turns; None where that fails."""

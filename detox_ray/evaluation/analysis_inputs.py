@@ -106,7 +106,8 @@ def served_base(folder: Path, config: Config | SFTConfig) -> PolicyConfig:
     if rollout.base == "original" or config.policy.quantization == "none":
         return plain
     dtype = compute_dtype(config.policy, torch.device("cuda" if config.train.num_gpus > 0 else "cpu"))
-    twin = write_dequantized_base(config.policy, RunFolder(folder).dequantized_base(config.policy), _device(), dtype)
+    path = RunFolder(folder).dequantized_base(config.policy, str(dtype).removeprefix("torch."))
+    twin = write_dequantized_base(config.policy, path, _device(), dtype)
     return plain.model_copy(update={"model": str(twin), "revision": None})
 
 

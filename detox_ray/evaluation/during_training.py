@@ -44,16 +44,18 @@ class HeldoutEvaluation:
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
         """What has been judged since the last call, in the order of the steps; with `wait`, all of it.
 
-        An evaluation whose worker or judge died is left out, and with `wait` what is not there within `timeout_s`.
+        An evaluation whose worker or judge died is left out; so are those left when none ends for `timeout_s`.
         """
         if not self._under_way:
             return []
-        timeout_s = self.timeout_s if wait else 0.0
-        ready, self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=timeout_s)
-        if wait and self._under_way:
-            logger.warning("%d evaluations during training did not end in %g s", len(self._under_way), timeout_s)
-            ray.kill(self._actor)
-            self._under_way = []
+        ready, self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0.0)
+        while wait and self._under_way:
+            ended, self._under_way = ray.wait(self._under_way, timeout=self.timeout_s)
+            ready += ended
+            if not ended:
+                logger.warning("%d evaluations during training are lost: none ends", len(self._under_way))
+                ray.kill(self._actor)
+                self._under_way = []
         lines = []
         for reference in ready:
             try:

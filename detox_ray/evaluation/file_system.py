@@ -1,14 +1,13 @@
 """Systems of the meter that are files: what somebody else's model answered, with the scores the file came with."""
 
 import hashlib
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from detox_ray.data.response_file import ONLY_SYSTEM, SystemAnswers, read_responses
-from detox_ray.evaluation.responses import SystemResponses
+from detox_ray.evaluation.responses import SystemResponses, word_ids
 from detox_ray.meter_config import SystemConfig
 from detox_ray.records import Prompt, Rollout
 
@@ -55,8 +54,7 @@ def _responses(name: str, answers: SystemAnswers, tokenizer: PreTrainedTokenizer
 def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
     if tokenizer is not None:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    # 31 bits: they are kept as int32.
-    return [[zlib.crc32(word.encode()) >> 1 for word in text.split()] for text in texts]
+    return [word_ids(text) for text in texts]
 
 
 def _rollout(prompt: Prompt, response: str, ids: list[int]) -> Rollout:

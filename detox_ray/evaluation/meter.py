@@ -50,9 +50,18 @@ class PerplexityModel:
             start, stop = start_ids(self.tokenizer), stop_ids(self.tokenizer)
             prompts = [[*start, *ids, *stop] for ids in self._encode([r.prompt_text for r in flat])]
             texts = self._encode([r.text for r in flat])
+        prompts, texts = self._cut(prompts, texts)
         nll, tokens = response_nll(self.model, prompts, texts, BATCH_SIZE, self.pad_id)
         shape = (len(responses.prompts), responses.samples_per_prompt)
         return nll.reshape(shape), tokens.reshape(shape)
+
+    def _cut(self, prompts: list[list[int]], texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """What the model has positions for: if need be half of them for the prompt's end, the rest for the response."""
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most is None:
+            return prompts, texts
+        kept = [p if len(p) + len(t) <= most else p[-(most // 2) :] for p, t in zip(prompts, texts, strict=True)]
+        return kept, [t[: most - len(p)] for p, t in zip(kept, texts, strict=True)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         assert self.tokenizer is not None

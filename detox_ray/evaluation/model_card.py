@@ -5,7 +5,7 @@ from typing import Any
 from detox_ray.evaluation.content import ReportContent
 from detox_ray.evaluation.evaluation_file import compared_systems
 from detox_ray.evaluation.markdown import markdown_table, plain
-from detox_ray.evaluation.run_files import published_name, reward_classifiers, section
+from detox_ray.evaluation.run_files import prompt_sources, published_name, reward_classifiers, section
 
 _LIMITS = (
     "Toxicity is what the judge says it is; a classifier has biases of its own, against mentions of groups among them.",
@@ -51,7 +51,7 @@ def _training(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
         "learning rate": ppo.get("learning_rate"),
         "KL coefficient": section(ppo, "kl").get("coefficient"),
         "longest response in tokens": section(config, "rollout").get("max_new_tokens"),
-        "prompts": published_name(section(config, "data").get("source") or "") or None,
+        "prompts": " and ".join(prompt_sources(config)) or None,
     }
     details = ", ".join(f"{name} {found}" for name, found in known.items() if found is not None)
     aggregated = f" ({reward['aggregation']})" if len(members) > 1 and reward.get("aggregation") else ""
@@ -62,7 +62,7 @@ def _training(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
 def _protocol(content: ReportContent) -> str:
     judge, members = content.evaluation.get("judge"), reward_classifiers(content.config)
     kept_apart = f" {judge} was not in the reward." if members and judge not in members else ""
-    rollout = section(content.config, "rollout")
+    rollout = content.evaluation.get("sampling") or section(content.config, "rollout")
     sampling = [
         f"{label} {rollout[key]}"
         for key, label in (("max_new_tokens", "at most tokens"), ("temperature", "temperature"), ("top_p", "top-p"))

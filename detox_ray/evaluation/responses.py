@@ -1,6 +1,7 @@
 """The responses of a system, what was measured of each, and the Parquet file that keeps both."""
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from detox_ray.errors import DataError
 from detox_ray.records import LEAD, REFERENCES, Prompt, Rollout
 
 SCORE_PREFIX = "toxicity/"
+WORDS = "words"  # what responses are counted in where systems do not share their tokens
 # Columns of a table whose prompts have them.
 OPTIONAL = [pa.field(REFERENCES, pa.list_(pa.string())), pa.field(LEAD, pa.string())]
 SCHEMA = pa.schema(
@@ -135,10 +137,29 @@ def align(systems: Sequence[SystemResponses]) -> list[SystemResponses]:
             )
         if other.name in {system.name for system in aligned}:
             raise DataError(f"two systems are called {other.name!r}: give each its own name")
-        position = {prompt.id: i for i, prompt in enumerate(other.prompts)}
-        rollouts = [other.rollouts[position[prompt.id]] for prompt in first.prompts]
+        rollouts = [other.rollouts[row] for row in rows_like(other.prompts, first.prompts)]
         aligned.append(SystemResponses(other.name, first.prompts, rollouts))
     return aligned
+
+
+def in_words(responses: SystemResponses) -> SystemResponses:
+    """The responses with the ids of their words for tokens."""
+    counted = [
+        [replace(rollout, response_ids=np.array(word_ids(rollout.text), dtype=np.int64)) for rollout in samples]
+        for samples in responses.rollouts
+    ]
+    return replace(responses, rollouts=counted)
+
+
+def word_ids(text: str) -> list[int]:
+    """A number for each word; of 31 bits, as they are kept as int32."""
+    return [zlib.crc32(word.encode()) >> 1 for word in text.split()]
+
+
+def rows_like(prompts: Sequence[Prompt], order: Sequence[Prompt]) -> list[int]:
+    """Where each prompt of `order` stands in `prompts`, which has the same ones."""
+    position = {prompt.id: row for row, prompt in enumerate(prompts)}
+    return [position[prompt.id] for prompt in order]
 
 
 def generations_table(systems: Sequence[ScoredResponses]) -> pa.Table:
@@ -169,9 +190,9 @@ def _system_table(system: ScoredResponses, scorers: Sequence[str], schema: pa.Sc
         "system": [system.name] * len(rollouts),
         "prompt_id": [prompt.id for prompt in prompts],
         "prompt": [prompt.text for prompt in prompts],
-        "prompt_toxicity": [_number(prompt.meta.get("toxicity")) for prompt in prompts],
+        "prompt_toxicity": [published_number(prompt.meta.get("toxicity")) for prompt in prompts],
         "challenging": [_flag(prompt.meta.get("challenging")) for prompt in prompts],
-        "group": [prompt.meta.get("group") for prompt in prompts],
+        "group": [_text(prompt.meta.get("group")) for prompt in prompts],
         REFERENCES: [prompt.meta.get(REFERENCES) for prompt in prompts],
         LEAD: [prompt.meta.get(LEAD) for prompt in prompts],
         "sample": np.tile(np.arange(samples, dtype=np.int32), len(system.responses.prompts)),
@@ -210,13 +231,17 @@ def systems_of(table: pa.Table) -> list[ScoredResponses]:
     return found
 
 
-def _number(value: Any) -> float | None:
+def published_number(value: Any) -> float | None:
     """A published score, from whatever a file holds; None for null, NaN and text that is no number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _flag(value: Any) -> bool | None:

@@ -10,6 +10,7 @@ import yaml
 from detox_ray.errors import DataError
 from detox_ray.evaluation.evaluation_file import Evaluation, splits, systems
 from detox_ray.evaluation.metric_format import split_label
+from detox_ray.evaluation.responses import WORDS
 
 ANALYSIS_FORMAT = 1
 
@@ -20,6 +21,13 @@ def section(config: dict[str, Any], name: str) -> dict[str, Any]:
     """A part of the configuration; empty where it is missing."""
     found = config.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def prompt_sources(config: dict[str, Any]) -> list[str]:
+    """Names of the sources of the training prompts."""
+    data = section(config, "data")
+    mixed_in = [part.get("source") for part in data.get("mixed_in") or [] if isinstance(part, dict)]
+    return [published_name(source) for source in (data.get("source"), *mixed_in) if source]
 
 
 def reward_classifiers(config: dict[str, Any]) -> list[str]:
@@ -49,16 +57,22 @@ def facts(config: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, str
         "Scorers": ", ".join(evaluation.get("scorers") or []),
         "Systems": ", ".join(systems(evaluation)),
         "Reference": evaluation["reference"],
-        "Training prompts": published_name(section(config, "data").get("source") or ""),
+        "Training prompts": ", ".join(prompt_sources(config)),
         "Prompts judged": counts,
         "Responses a prompt": evaluation.get("samples_per_prompt"),
-        "Longest response, tokens": rollout.get("max_new_tokens"),
+        "Longest response, tokens": (evaluation.get("sampling") or rollout).get("max_new_tokens"),
+        "Lengths and diversity counted in": _unit(evaluation.get("counted_in")),
         "Perplexity under": published_name(evaluation.get("perplexity_model") or ""),
         "Relevance by": published_name(evaluation.get("relevance_model") or ""),
         "Training steps": evaluation.get("steps", train.get("total_steps")),
         "Seed": evaluation.get("seed"),
     }
     return [(name, str(found)) for name, found in rows.items() if found not in (None, "")]
+
+
+def _unit(counted_in: str | None) -> str:
+    """What the responses were counted in, in words; nothing where it is not known."""
+    return f"tokens of {published_name(counted_in)}" if counted_in not in (None, WORDS) else counted_in or ""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from detox_ray.errors import DataError
 from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
 from detox_ray.evaluation.evaluation_file import read_evaluation
-from detox_ray.evaluation.responses import ScoredResponses, align, read_generations, systems_of
+from detox_ray.evaluation.responses import WORDS, ScoredResponses, align, read_generations, systems_of
 
 
 def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
 
     Raises:
         DataError: a folder holds no evaluation or is named twice, the prompts or their numbers of responses differ, no
-            scorer is common to all, or perplexities are of different models.
+            scorer is common to all, or perplexities or relevances are of different models.
     """
     if repeated := [f for f in folders if sum(f.resolve() == other.resolve() for other in folders) > 1]:
         raise DataError(f"{repeated[0]} is named twice: name different folders")
@@ -32,6 +32,7 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
             "evaluate them with the same scorers"
         )
     _require_equal(folders, evaluations, "perplexity_model")
+    _require_equal(folders, evaluations, "relevance_model")
     systems: list[ScoredResponses] = []
     for folder, evaluation in zip(folders, evaluations, strict=True):
         for system in systems_of(read_generations(folder / "generations.parquet")):
@@ -42,7 +43,10 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
         raise DataError(f"{folders[0]} holds one system, and there is nothing to compare it with: name more folders")
     # Only checks: `systems_of` brings the prompts of every folder into one order, so that the scores fit as they are.
     align([system.responses for system in systems])
-    protocol = Protocol(scorers, first["seed"], resamples, first["perplexity_model"], first["relevance_model"])
+    units = {other.get("counted_in") for other in evaluations}
+    counted_in = units.pop() if len(units) == 1 else WORDS
+    read_by = first["perplexity_model"], first["relevance_model"]
+    protocol = Protocol(scorers, first["seed"], resamples, *read_by, counted_in)
     evaluation = compare(systems, protocol)
     write_evaluation(output, evaluation, systems)
     return evaluation

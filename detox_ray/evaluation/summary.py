@@ -10,6 +10,7 @@ from detox_ray.evaluation.evaluation_file import (
     check_evaluation,
     compared,
     compared_systems,
+    p_value,
     ratio,
     value,
 )
@@ -84,6 +85,9 @@ def verdict(evaluation: Evaluation, system: str) -> str:
     if low <= 0 <= high:
         span = f"{low:.0%} to {high:.0%}"
         return f"No reliable change in toxicity of {system}: the 95% interval of the reduction, {span}, contains zero."
+    # Of a handful of prompts the interval alone says too much.
+    if (chance := p_value(evaluation, system)) is not None and chance >= 0.05:
+        return f"No reliable change in toxicity of {system}: p = {chance:.2f}; measure it on more prompts."
     if reduction < 0:
         span = f"{-high:.0%} to {-low:.0%}"
         return f"{system} is more toxic than {reference}: mean toxicity rose by {-reduction:.0%} (95% interval {span})."

@@ -60,7 +60,7 @@ def last_whole_checkpoint(folder: Path) -> tuple[int, Path] | None:
     """
     found = sorted(folder.glob("checkpoint_*/"))
     whole = whole_checkpoints(folder)
-    if found and not whole and registered_checkpoints(folder):
+    if found and not whole and registered_checkpoints(folder) != []:
         raise StorageError(
             f"all {len(found)} checkpoints in {folder} are damaged or incomplete; restore one from a copy, or remove "
             "that folder to train from the start"
@@ -85,9 +85,14 @@ def registered_checkpoints(folder: Path) -> list[Path] | None:
 
 
 def remove_wrong_list(folder: Path) -> None:
-    """Ray does not start with a list that a kill cut short or that is ahead of a copy; `resume` does not need one."""
+    """Ray does not start with a list that a kill cut short or that is ahead of a copy; `resume` does not need one.
+
+    Raises:
+        StorageError: as `last_whole_checkpoint`, which would not know without the list.
+    """
     registered = registered_checkpoints(folder)
     if registered is None or not all(path.is_dir() for path in registered):
+        last_whole_checkpoint(folder)
         logger.warning("Ray's list of the checkpoints in %s is torn or names some that are gone; removed", folder)
         (folder / RAY_LIST_FILE).unlink()
 

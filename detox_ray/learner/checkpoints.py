@@ -59,7 +59,7 @@ def leave_failure(run_dir: Path, work: Callable[[], None]) -> None:
     Ray Train would try again what cannot succeed, but several learners must all stop: one may wait for another. So
     theirs is raised, and what Ray then starts anew finds it and ends.
     """
-    if (run_dir / FAILURE_FILE).exists():
+    if on_first_learner((run_dir / FAILURE_FILE).exists):
         return
     try:
         work()

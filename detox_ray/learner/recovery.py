@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from detox_ray.errors import DivergenceError
 from detox_ray.learner.checkpoint_folder import keep_adapter, read_checkpoint, whole_checkpoints
 from detox_ray.learner.distributed import on_first_learner, world
 from detox_ray.learner.ppo import PPO
-from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, REJECTED_FILE, append_metrics
+from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, REJECTED_FILE, append_metrics, read_metrics
 from detox_ray.policy.adapter import Adapter
 from detox_ray.ppo_config import DivergenceConfig
 from detox_ray.records import Canary, Rollout
@@ -47,10 +48,12 @@ class Recovery:
     def resumed(self, first_step: int) -> None:
         """The run goes on from a checkpoint, so what there was before that is what it can go back to at first.
 
-        The last checkpoint may be what the next step gives up, again each time the run is continued.
+        The last checkpoint may be what the next step gives up, again each time the run is continued; and an older one
+        may be what was given up before.
         """
-        checkpoints = self._run_dir / CHECKPOINT_FOLDER
-        older = on_first_learner(lambda: [c for c in whole_checkpoints(checkpoints) if c[0] < first_step - 1])
+        found = on_first_learner(partial(whole_checkpoints, self._run_dir / CHECKPOINT_FOLDER))
+        given_up = {line["step"] for line in read_metrics(self._run_dir / REJECTED_FILE)}
+        older = [(step, path) for step, path in found if step < first_step - 1 and step + 1 not in given_up]
         if older:
             step, folder = max(older)
             self._good = LearnerState(step + 1, *read_checkpoint(folder))

@@ -1,5 +1,6 @@
 """One step of supervised fine-tuning: the adapter learns to give the examples' responses. Pure of Ray and of files."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.ppo_config import OptimizerConfig
 from detox_ray.records import TokenizedExample
-from detox_ray.schedule import Schedule
 
 WINDOW = 8  # batches that are sorted by length together
 
@@ -145,8 +145,8 @@ class SFT:
 class BucketedBatches:
     """The batch of each step, of examples of similar length: a pure function of the step, so it needs no state.
 
-    Examples are drawn in seeded passes, `WINDOW` batches at a time; within a window they are sorted by length and cut
-    into batches, which come in a seeded order.
+    A pass takes every example once, in batches of `batch_size` or nearly so. It goes through them in a seeded order,
+    `WINDOW` batches at a time; within a window they are sorted by length, and the batches come in a seeded order.
     """
 
     examples: Sequence[TokenizedExample]
@@ -154,12 +154,21 @@ class BucketedBatches:
     seed: int
 
     def __call__(self, step: int) -> list[TokenizedExample]:
-        """The `batch_size` examples of a step."""
-        window, position = divmod(step, WINDOW)
-        drawn = sorted(Schedule(self.examples, WINDOW * self.batch_size, self.seed)(window), key=len)
-        order = np.random.default_rng((self.seed, window)).permutation(WINDOW)
-        first = int(order[position]) * self.batch_size
-        return drawn[first : first + self.batch_size]
+        """The examples of a step."""
+        number, position = divmod(step, steps_of_a_pass(len(self.examples), self.batch_size))
+        shuffled = np.random.default_rng((self.seed, number)).permutation(len(self.examples))
+        edges = np.linspace(0, len(shuffled), steps_of_a_pass(len(shuffled), self.batch_size) + 1).astype(int)
+        window, place = divmod(position, WINDOW)
+        edges = edges[window * WINDOW : (window + 1) * WINDOW + 1]
+        drawn = sorted((self.examples[i] for i in shuffled[edges[0] : edges[-1]]), key=len)
+        place = int(np.random.default_rng((self.seed, number, window)).permutation(len(edges) - 1)[place])
+        first, end = edges[place : place + 2] - edges[0]
+        return drawn[first:end]
+
+
+def steps_of_a_pass(examples: int, batch_size: int) -> int:
+    """In how many batches every example is learned once."""
+    return math.ceil(examples / batch_size)
 
 
 def pieces_by_length(examples: Sequence[TokenizedExample], max_tokens: int) -> Iterator[list[TokenizedExample]]:

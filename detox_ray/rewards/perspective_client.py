@@ -118,7 +118,8 @@ class PerspectiveClient:
                 if reason in types or (not any(types) and re.search(pattern, message, re.IGNORECASE)):
                     return reason
         # A server may quote the text.
-        said = f" ({self._without_key(message)[:300]})" if message and text.strip() not in message else ""
+        quoted = " ".join(text.split()) in message
+        said = f" ({self._without_key(message)[:300]})" if message and not quoted else ""
         key = f" and the key in {self._settings.api_key_env}" if self._key else ""
         raise RewardError(
             f"{self._where} answered status {response.status_code}{said}; check the perspective settings{key}"

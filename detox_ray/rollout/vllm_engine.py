@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,18 +139,32 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`: the weights go to main memory, the cache is forgotten."""
-        self._llm.sleep(level=1)
+        with self._ending_without_a_part():
+            self._llm.sleep(level=1)
 
     def _wake(self) -> None:
         if self._llm.llm_engine.is_sleeping():
-            self._llm.wake_up()
+            with self._ending_without_a_part():
+                self._llm.wake_up()
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
         requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
-        return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+        with self._ending_without_a_part():
+            return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
 
     def _on_every_part(self, function: Any, *arguments: Any) -> None:
-        self._llm.collective_rpc(function, args=arguments)
+        with self._ending_without_a_part():
+            self._llm.collective_rpc(function, args=arguments)
+
+    @contextmanager
+    def _ending_without_a_part(self) -> Iterator[None]:
+        """Where a process with a part of the model has died, end this one too: Ray starts the worker anew."""
+        try:
+            yield
+        except RuntimeError:
+            if self._spec.tensor_parallel > 1 and self._llm.llm_engine.model_executor.is_failed:
+                os._exit(1)
+            raise
 
 
 # What follows runs in every process that holds a part of the model, with vLLM's worker there.

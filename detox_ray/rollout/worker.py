@@ -77,14 +77,13 @@ class RolloutWorker:
 
 @contextmanager
 def ending_when_broken() -> Iterator[None]:
-    """End this process when its engine fails: Ray starts the worker anew.
-
-    After an error of the device, or without a process that has a part of the model, no later call would succeed either.
-    """
+    """End this process when its GPU fails: no later call would succeed either, and Ray starts the worker anew."""
     try:
         yield
-    except RuntimeError:
-        logger.exception("the engine failed; this worker ends and is started anew")
+    except RuntimeError as error:
+        if "CUDA" not in str(error):
+            raise
+        logger.exception("the device failed; this worker ends and is started anew")
         os._exit(1)
 
 

@@ -81,7 +81,7 @@ class LimitsConfig(Section):
 
     request_bytes: int = Field(4 * 2**20, ge=1024, description="longest body; longer ones are not read to the end")
     texts: int = Field(1000, ge=1, description="texts in a request")
-    characters: int = Field(20_000, ge=1, description="characters of a text")
+    characters: int = Field(20_480, ge=1, description="characters of a text")
     spans: int = Field(100, ge=1, description="spans a text is divided into; more sentences than that are merged")
     requests: int = Field(256, ge=1, description="requests under way in a replica; then 429")
     queued_texts: int = Field(4096, ge=1, description="texts and spans under way in a replica; then 429")

@@ -24,7 +24,7 @@ class TextBatcher(Generic[R]):
         self._calls: set[asyncio.Task[None]] = set()
 
     async def __call__(self, texts: list[str]) -> list[R]:
-        """One result a text; raises what `read` raised."""
+        """One result a text; raises what `read` raised of these texts."""
         answer: asyncio.Future[list[R]] = asyncio.get_running_loop().create_future()
         self._waiting.append((texts, answer))
         self._start_calls()
@@ -62,9 +62,12 @@ class TextBatcher(Generic[R]):
         try:
             results = await self._read([text for texts, _ in batch for text in texts])
         except Exception as error:
-            for _, answer in batch:
-                if not answer.done():
-                    answer.set_exception(error)
+            waiting = [request for request in batch if not request[1].done()]
+            if len(batch) > 1:
+                # It may be one request's text that is refused; one after the other they would fail too late.
+                await asyncio.gather(*(self._call([request]) for request in waiting))
+            elif waiting:
+                waiting[0][1].set_exception(error)
             return
         start = 0
         for texts, answer in batch:

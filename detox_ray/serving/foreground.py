@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from detox_ray.cluster import OBJECT_STORE_BYTES, cluster_address
@@ -22,7 +22,7 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
     On a cluster the caller deletes its app; Serve stays there if it ran before or others have deployed to it since.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or Serve already listens elsewhere or not at all.
     """
     import ray
     from ray import serve
@@ -48,12 +48,43 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
     try:
         with controller_watched(CONTROLLER_TIMEOUT_S):
             serve.start(http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s})
+            if found:
+                check_listening(host, port)
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
         if ours and (address == "local" or not (found or serve.status().applications)):
             serve.shutdown()
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def deleted_at_the_end(app_name: str) -> Iterator[None]:
+    """Deletes the app, also when it does not start; its replicas finish what they have begun before they stop."""
+    from ray import serve
+
+    try:
+        yield
+    except BaseException:
+        # What went wrong first is what is told.
+        with suppress(Exception):
+            serve.delete(app_name)
+        raise
+    serve.delete(app_name)
+
+
+def check_listening(host: str, port: int) -> None:
+    """Raises ConfigError unless the Serve that runs listens there; it keeps the options it was started with."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    running, client = "without HTTP", _get_global_client()
+    if client is not None and serve.status().proxies:
+        running = f"on {client.http_config.host}:{client.http_config.port}"
+    if running != f"on {host}:{port}":
+        raise ConfigError(
+            f"http.host={host} http.port={port}: Serve already runs {running} on this Ray; ask for the same, or stop it"
+        )
 
 
 def check_port(host: str, port: int) -> None:

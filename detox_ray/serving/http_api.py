@@ -22,12 +22,12 @@ from detox_ray.serving.api_errors import ApiError, api_of, error_response, from_
 from detox_ray.serving.api_metrics import ApiMetrics
 from detox_ray.serving.calibration_table import check_models, fitted_model
 from detox_ray.serving.docs_page import docs_page
-from detox_ray.serving.moderations import moderations_router
+from detox_ray.serving.moderations import UNSCORED_HEADER, moderations_router
 from detox_ray.serving.perspective import perspective_router
 from detox_ray.serving.readings import check_labels
 from detox_ray.serving.request_gate import ApiKeys, RequestGate, key_digest
 from detox_ray.serving.reward_app import build_reward_app, replica_runtime_env
-from detox_ray.serving.score_format import score_router
+from detox_ray.serving.score_format import WINDOWS_HEADER, score_router
 from detox_ray.serving.text_scorer import TextScorer
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ def build_web_app(
             CORSMiddleware,
             allow_origins=config.http.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", WINDOWS_HEADER, UNSCORED_HEADER],
         )
     return web
 

@@ -6,6 +6,7 @@ import hmac
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import parse_qs
 
 from pydantic_core import from_json
@@ -121,7 +122,7 @@ class RequestGate:
             return receive
         _check_content_headers(Headers(scope=scope))
         body = await self._body(Headers(scope=scope), receive)
-        _check_json(body)
+        _check_values(_parsed(body), most_values(self._limits))
         return _replay(body, receive)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
@@ -186,8 +187,8 @@ def _check_content_headers(headers: Headers) -> None:
         raise ApiError(415, "unsupported_encoding", message, field="Content-Encoding", limit="identity")
 
 
-def _check_json(body: bytes) -> None:
-    """Raises ApiError unless `body` is JSON in UTF-8, without lone surrogates, NaN and nesting beyond all reason.
+def _parsed(body: bytes) -> Any:
+    """What `body` holds; raises ApiError unless it is JSON in UTF-8, without lone surrogates, NaN and too deep nesting.
 
     FastAPI parses it again, with a parser that takes UTF-16 and lone surrogates.
     """
@@ -197,10 +198,28 @@ def _check_json(body: bytes) -> None:
         message = f"the body is not UTF-8 (byte {error.start})"
         raise ApiError(400, "not_utf8", message, field="body", limit="UTF-8") from None
     try:
-        from_json(body, allow_inf_nan=False)
+        return from_json(body, allow_inf_nan=False)
     except ValueError as error:
         code = "invalid_unicode" if "surrogate" in str(error) or "hex escape" in str(error) else "invalid_json"
         raise invalid(code, f"the body is not JSON: {error}", "body") from None
+
+
+def most_values(limits: LimitsConfig) -> int:
+    """The most values in the lists and objects of a body, all together, that a request may need."""
+    # A text as a part of a message is 3 values beside its prompt, a span 6 in each attribute of a suggestion.
+    return 1000 + 10 * limits.texts + 100 * limits.spans
+
+
+def _check_values(parsed: Any, most: int) -> None:
+    """Raises ApiError when there are more than `most` values, each of which validation might complain of."""
+    found, unread = 0, [parsed]
+    while unread:
+        value = unread.pop()
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        found += len(inner)
+        if found > most:
+            raise invalid("too_many_values", f"the body has more than {most} values", "body", most)
+        unread += inner
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

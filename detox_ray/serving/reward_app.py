@@ -8,8 +8,10 @@ import asyncio
 import logging
 import math
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,7 +53,11 @@ class NotStartedError(RewardError):
 
 
 class ClassifierDeployment:
-    """One classifier; one call scores one list, and calls take turns (a fast tokenizer is not thread-safe)."""
+    """One classifier; one call scores one list, and calls take turns (a fast tokenizer is not thread-safe).
+
+    Serve runs each call in a thread, and the thread of a cancelled call computes on. A call whose turn does not come in
+    `left_s`, after which nobody waits for it, raises TimeoutError.
+    """
 
     def __init__(self, config: ClassifierConfig) -> None:
         if config.kind in {"transformers", "evaluate"} and config.num_gpus == 0:
@@ -62,18 +68,31 @@ class ClassifierDeployment:
             transformers.utils.logging.disable_progress_bar()
         # A replica without GPUs of its own may still see the node's.
         self._classifier = load_classifier(config, device="cpu" if config.num_gpus == 0 else None)
+        self._busy = threading.Lock()
 
-    def score(self, texts: list[str]) -> list[float]:
+    def score(self, texts: list[str], left_s: float | None = None) -> list[float]:
         """Uncalibrated scores, less toxic is higher."""
-        return self._classifier.score(texts).tolist()
+        with self._turn(left_s):
+            return self._classifier.score(texts).tolist()
 
-    def toxicity(self, texts: list[str]) -> list[float]:
+    def toxicity(self, texts: list[str], left_s: float | None = None) -> list[float]:
         """Probabilities of toxicity."""
-        return self._classifier.toxicity(texts).tolist()
+        with self._turn(left_s):
+            return self._classifier.toxicity(texts).tolist()
 
-    def read(self, texts: list[str]) -> Readings:
+    def read(self, texts: list[str], left_s: float | None = None) -> Readings:
         """Score, toxicity and labels of texts of any length."""
-        return self._classifier.read(texts)
+        with self._turn(left_s):
+            return self._classifier.read(texts)
+
+    @contextmanager
+    def _turn(self, left_s: float | None) -> Iterator[None]:
+        if not self._busy.acquire(timeout=-1 if left_s is None else left_s):
+            raise TimeoutError(f"the classifier was busy for {left_s:g} s")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
 
 class EnsembleDeployment:
@@ -139,7 +158,7 @@ class EnsembleDeployment:
         """One replica's answer: errors are retried `retries` times, a lost replica is waited for until `deadline`."""
         failures = 0
         while (left_s := deadline - time.monotonic()) > 0:
-            response = getattr(self._members[name], method).remote(texts)
+            response = getattr(self._members[name], method).remote(texts, left_s)
             try:
                 return check(name, await asyncio.wait_for(_answer(response), left_s), len(texts))
             except (RayTaskError, RewardError) as error:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from detox_ray.serving.api_config import ApiConfig
-from detox_ray.serving.foreground import serve_session, wait_until_stopped
+from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_until_stopped
 
 APP_NAME = "toxicity-api"
 
@@ -15,7 +15,7 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
     `on_ready` is told the address once the service takes requests.
 
     Raises:
-        ConfigError, ModelError, DataError: as `build_http_app`; or the port is taken.
+        ConfigError, ModelError, DataError: as `build_http_app`; or as `serve_session`.
     """
     from ray import serve
 
@@ -23,8 +23,8 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
 
     timeout_s = config.limits.body_timeout_s + config.limits.timeout_s + GRACE_S
     with serve_session(config.ray, config.http.host, config.http.port, timeout_s) as address:
-        serve.run(build_http_app(config), name=APP_NAME, route_prefix="/")
-        on_ready(address)
-        wait_until_stopped(stop)
-        # Replicas finish what they have begun before they stop.
-        serve.delete(APP_NAME)
+        app = build_http_app(config)
+        with deleted_at_the_end(APP_NAME):
+            serve.run(app, name=APP_NAME, route_prefix="/")
+            on_ready(address)
+            wait_until_stopped(stop)

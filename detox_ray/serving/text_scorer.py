@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 LONGEST_RETRY_S = 30.0
 PROBE = "thank you"
 PROBE_TIMEOUT_S = 5.0
-# So long after the last answer the classifiers count as ready without being asked.
+# So long after the last answer the classifiers count as ready without being asked; longer while they read texts.
 READY_FOR_S = 10.0
 
 
@@ -36,13 +37,17 @@ class TextScorer:
         self._ensemble = ensemble
         self._config = config
         self._limits = config.limits
-        self._members = {classifier.name for classifier in config.reward.classifiers}
+        self._labels: dict[str, set[str]] = {classifier.name: set() for classifier in config.reward.classifiers}
+        for source in config.sources.values():
+            if source.classifier is not None and source.label is not None:
+                self._labels[source.classifier].add(source.label)
         self._metrics = metrics
         self._cache: ResultCache[TextReading] = ResultCache(config.cache_texts)
         self._batches = TextBatcher(self._read, config.batching.texts, config.batching.in_flight)
         self._queued = 0
         self._seconds_per_text = 0.01
-        self._last_answer = -READY_FOR_S
+        self._last_answer = -math.inf
+        self._probe: asyncio.Task[list[TextReading]] | None = None
 
     async def read(self, texts: Sequence[str], remember: bool = True) -> list[TextReading]:
         """One reading a text; `remember` says whether the cache may keep it.
@@ -83,10 +88,14 @@ class TextScorer:
 
     async def is_ready(self) -> bool:
         """Whether the classifiers answer, or did a moment ago."""
-        if time.monotonic() - self._last_answer < READY_FOR_S:
+        # Behind many texts a probe would wait as long as they take.
+        enough_s = max(READY_FOR_S, self._limits.timeout_s) if self._queued else READY_FOR_S
+        if time.monotonic() - self._last_answer < enough_s:
             return True
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(asyncio.wait_for(self._read([PROBE]), self._limits.timeout_s))
         try:
-            await asyncio.wait_for(self._read([PROBE]), PROBE_TIMEOUT_S)
+            await asyncio.wait_for(asyncio.shield(self._probe), PROBE_TIMEOUT_S)
         except (TimeoutError, ApiError):
             return False
         return True
@@ -126,14 +135,20 @@ class TextScorer:
     async def _ask(self, texts: list[str], deadline: float) -> dict[str, list[Readings]]:
         """The ensemble's answer; an ensemble that is lost is asked again until `deadline`.
 
-        So is one that lacks a classifier of this configuration: an update replaces HTTP replicas and ensemble one after
-        the other.
+        So is one that lacks a classifier or a label of this configuration: an update replaces HTTP replicas, ensemble
+        and classifiers one after the other.
+
+        Raises:
+            ApiError: 503 when the ensemble fails, or still lacks something at `deadline`.
         """
         while True:
             try:
                 answer = await self._ensemble.read.remote(texts)
-                if self._members <= answer.keys() or time.monotonic() + RESTART_POLL_S > deadline:
-                    return self._own(answer)
+                if (missing := self._missing(answer)) is None:
+                    return {name: parts for name, parts in answer.items() if name in self._labels}
+                if time.monotonic() + RESTART_POLL_S > deadline:
+                    message = f"{missing} is not served; the service is being updated, try again later"
+                    raise ApiError(503, "classifier_unavailable", message, retry_after_s=1)
                 await asyncio.sleep(RESTART_POLL_S)
             except (RayError, RayServeException) as error:
                 if isinstance(error, TaskCancelledError):
@@ -145,13 +160,12 @@ class TextScorer:
                     raise ApiError(503, "classifier_unavailable", message, retry_after_s=1) from None
                 await asyncio.sleep(RESTART_POLL_S)
 
-    def _own(self, answer: dict[str, list[Readings]]) -> dict[str, list[Readings]]:
-        """The answers of this configuration's classifiers.
-
-        Raises:
-            ApiError: 503 when one of them is missing.
-        """
-        if missing := self._members - answer.keys():
-            message = f"classifier {min(missing)!r} is not served; the service is being updated, try again later"
-            raise ApiError(503, "classifier_unavailable", message, retry_after_s=1)
-        return {name: answer[name] for name in answer if name in self._members}
+    def _missing(self, answer: dict[str, list[Readings]]) -> str | None:
+        """What the answer lacks of this configuration, if anything; of several replicas one may be an old one."""
+        for name, labels in self._labels.items():
+            if name not in answer:
+                return f"classifier {name!r}"
+            wanted = labels | answer[name][0].labels.keys()
+            if lacking := {label for part in answer[name] for label in wanted - part.labels.keys()}:
+                return f"label {min(lacking)!r} of classifier {name!r}"
+        return None

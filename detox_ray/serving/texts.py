@@ -5,8 +5,12 @@ import re
 from detox_ray.config import RewardConfig
 from detox_ray.errors import RewardError
 
-# The end of a sentence with its closing quotes and brackets, or of a line.
-SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f]+[\"'\u2019\u201d)\]]*(?=\s|$)|[\u3002\uff01\uff1f]+|\n+")
+# The end of a sentence with its closing quotes and brackets, or of a line. A run of stops is tried from its first one
+# alone: from each of them, a long run would take time that grows with its square.
+SENTENCE_END = re.compile(
+    r"(?<![.!?\u2026\u3002\uff01\uff1f])[.!?\u2026\u3002\uff01\uff1f]+[\"'\u2019\u201d)\]]*(?=\s|$)"
+    r"|[\u3002\uff01\uff1f]+|\n+"
+)
 
 Span = tuple[int, int]
 

@@ -1,5 +1,7 @@
 """What is written around turns, and that its tokens are those of constructions made without our code."""
 
+import copy
+
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -86,6 +88,17 @@ def test_a_start_token_that_the_chat_template_writes_is_not_written_twice(
     assert prompt.text.startswith("<|im_start|>")
     # As the evaluation makes tokens of a prompt's text.
     assert prompt.token_ids == (chat_tokenizer.bos_token_id, *chat_tokenizer(prompt.text)["input_ids"])
+
+
+def test_a_chat_text_keeps_what_looks_like_a_start_token_where_the_tokenizer_adds_none(
+    chat_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detox_ray.data.templates.start_ids", lambda _: ())
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.bos_token = "<|im_start|>"
+    prompt = DialogueTemplate(tokenizer, "chat", "\n").prompt(TURNS)
+    assert prompt.text.startswith("<|im_start|>")
+    assert prompt.token_ids == tuple(tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
 
 
 def test_plain_and_none(merging_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -258,3 +258,12 @@ def test_another_models_perplexity_reads_its_own_tokens(make_rollouts, tiny_llam
     expected, counts = response_nll(tiny_llama, [[8, 8, 3]] * 2, [[5, 7], [6]], 2, PAD_ID)
     assert nll.tolist() == [pytest.approx(expected.tolist())]
     assert tokens.tolist() == [counts.tolist()]
+
+
+def test_systems_without_common_tokens_are_counted_in_words(scored):
+    counted = replace(PROTOCOL, counted_in="words")
+    by_words, by_tokens = (compare(scored, protocol)["systems"] for protocol in (counted, PROTOCOL))
+    for system in scored:
+        words = [len(rollout.text.split()) for rollout in system.responses.flat]
+        assert by_words[system.name]["all"]["mean_length"]["value"] == pytest.approx(np.mean(words))
+        assert by_words[system.name]["all"]["perplexity"] == by_tokens[system.name]["all"]["perplexity"]

@@ -3,7 +3,10 @@ import pytest
 import torch
 
 from detox_ray.errors import DataError, ModelError
+from detox_ray.evaluation.meter import PerplexityModel
 from detox_ray.evaluation.perplexity import load_reference_model, response_nll
+from detox_ray.evaluation.responses import SystemResponses
+from detox_ray.records import Prompt, Rollout
 
 pytestmark = pytest.mark.unit
 
@@ -32,6 +35,19 @@ def test_nll_equals_the_loss_of_transformers_one_by_one(tiny_llama, sequences, b
         with torch.no_grad():
             loss = tiny_llama(input_ids=torch.tensor([prompt + response]), labels=labels).loss
         assert value == pytest.approx(loss.item() * len(response), rel=1e-4)
+
+
+def test_what_is_longer_than_the_model_reads_is_cut(tiny_llama):
+    most = tiny_llama.config.max_position_embeddings
+    long = np.random.default_rng(0).integers(2, 64, most + 40)
+    found = []
+    for prompt, response in ((long[:5], long), (long, long[:5]), (long[:most], long), (long[:3], long[:4])):
+        rollout = Rollout("a", "", prompt, response, np.zeros(0, np.float32), "", "", 0)
+        responses = SystemResponses("long", [Prompt("a", "", ())], [[rollout]])
+        nll, tokens = PerplexityModel("tiny", tiny_llama, pad_id=0).nll(responses)
+        assert np.isfinite(nll).all()
+        found.append(int(tokens[0, 0]))
+    assert found == [most - 5, 5, most - most // 2, 4]
 
 
 def test_scoring_leaves_the_model_as_it_was(tiny_llama):

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig
-from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, pieces_by_length
+from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, pieces_by_length, steps_of_a_pass
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.ppo_config import OptimizerConfig
@@ -153,6 +153,18 @@ def test_batches_hold_every_example_once_a_pass_and_are_of_similar_length() -> N
     again = BucketedBatches(pool, 4, seed=0)(17)
     assert [id(e) for e in again] == [id(e) for e in one_pass[17]]
     assert [id(e) for e in BucketedBatches(pool, 4, seed=1)(17)] != [id(e) for e in one_pass[17]]
+
+
+@pytest.mark.parametrize("size", [3, 32, 33, 257, 300])
+def test_every_pass_has_every_example_once_whatever_their_number(size: int) -> None:
+    pool = examples(size)
+    batches = BucketedBatches(pool, 32, seed=0)
+    steps = steps_of_a_pass(size, 32)
+    for first in (0, steps):
+        one_pass = [batches(step) for step in range(first, first + steps)]
+        assert sorted(id(e) for batch in one_pass for e in batch) == sorted(map(id, pool))
+        assert max(map(len, one_pass)) - min(map(len, one_pass)) <= 1
+        assert max(map(len, one_pass)) <= 32
 
 
 def test_pieces_hold_what_fits_and_everything_once() -> None:

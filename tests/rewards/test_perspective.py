@@ -334,6 +334,14 @@ def test_the_key_is_in_no_message(server: PerspectiveServer, caplog: pytest.LogC
     assert KEY not in repr(config(server))
 
 
+def test_a_text_with_line_breaks_is_in_no_message(server: PerspectiveServer) -> None:
+    text = "you\n\nfool,  you "
+    server.next_answers = [(400, {}, published_error(400, f"cannot read '{text}'"))]
+    with pytest.raises(RewardError, match="answered status 400;") as error:
+        load(server).toxicity([text])
+    assert "fool" not in str(error.value)
+
+
 def test_what_is_missing_is_said_before_anything_is_asked(
     server: PerspectiveServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -207,10 +207,10 @@ def wait_until_pristine(worker: Any, timeout_s: float = 120) -> None:
     raise AssertionError("the worker did not come back")
 
 
-def test_a_worker_whose_engine_fails_is_started_anew(stream: RolloutStream, policy: Policy) -> None:
+def test_a_worker_whose_device_fails_is_started_anew(stream: RolloutStream, policy: Policy) -> None:
     def break_down(actor: Any) -> None:
         def fail(*_: Any) -> None:
-            raise RuntimeError("an illegal memory access was encountered")
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         actor._engine.generate = fail
 

@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 calls = 0
+under_way = 0
 
 
 def rude_words(texts):
@@ -29,6 +30,17 @@ def not_finite(texts):
 
 def slow(texts):
     time.sleep(3)
+    return rude_words(texts)
+
+
+def slow_and_alone(texts):
+    """Refuses to compute while another call does."""
+    global under_way
+    if under_way:
+        raise RuntimeError("another call is under way")
+    under_way += 1
+    time.sleep(4 if texts == ["slow"] else 0)
+    under_way -= 1
     return rude_words(texts)
 
 

@@ -78,6 +78,41 @@ def test_an_error_reaches_its_batch_and_nobody_else() -> None:
     asyncio.run(scenario())
 
 
+def test_an_error_of_one_request_is_not_that_of_its_batch() -> None:
+    async def scenario() -> None:
+        reader = Reader()
+        batcher = TextBatcher(reader, max_texts=8, in_flight=1)
+        requests = [asyncio.create_task(batcher(texts)) for texts in (["a"], ["b"], ["bad", "c"], ["d"])]
+        await asyncio.sleep(0.01)
+        reader.may_answer.set()
+        found = await asyncio.gather(*requests, return_exceptions=True)
+        assert (found[0], found[1], found[3]) == (["A"], ["B"], ["D"])
+        assert isinstance(found[2], ConnectionError)
+        assert reader.calls == [["a"], ["b", "bad", "c", "d"], ["b"], ["bad", "c"], ["d"]]
+
+    asyncio.run(scenario())
+
+
+def test_after_an_error_nobody_is_read_who_went_meanwhile() -> None:
+    async def scenario() -> None:
+        reader = Reader()
+        batcher = TextBatcher(reader, max_texts=8, in_flight=1)
+        first = asyncio.create_task(batcher(["a"]))
+        await asyncio.sleep(0.01)
+        gone, bad, good = (asyncio.create_task(batcher([text])) for text in ("gone", "bad", "good"))
+        await asyncio.sleep(0.01)
+        reader.may_answer.set()
+        await first
+        reader.may_answer.clear()
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        reader.may_answer.set()
+        await asyncio.gather(bad, good, return_exceptions=True)
+        assert reader.calls[2:] == [["bad"], ["good"]]
+
+    asyncio.run(scenario())
+
+
 def test_a_request_nobody_waits_for_is_not_read() -> None:
     async def scenario() -> None:
         reader = Reader()

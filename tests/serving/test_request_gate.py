@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from starlette.routing import Route
 from detox_ray.serving.api_config import KeysConfig, LimitsConfig
 from detox_ray.serving.api_errors import ApiError
 from detox_ray.serving.api_metrics import ApiMetrics
-from detox_ray.serving.request_gate import ApiKeys, RequestGate, key_digest
+from detox_ray.serving.request_gate import ApiKeys, RequestGate, key_digest, most_values
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +22,7 @@ JSON = {"content-type": "application/json"}
 LIMITS = LimitsConfig(request_bytes=1024, body_timeout_s=0.2, requests=2)
 
 
-def client(keys: tuple[str, ...] = ()) -> httpx.AsyncClient:
+def client(keys: tuple[str, ...] = (), limits: LimitsConfig = LIMITS) -> httpx.AsyncClient:
     """Of an app that answers with the length of the body, behind the gate."""
 
     async def length(request: Request) -> JSONResponse:
@@ -34,14 +35,16 @@ def client(keys: tuple[str, ...] = ()) -> httpx.AsyncClient:
     paths = ["/v1/score", "/v1/moderations", "/v1alpha1/comments:analyze"]
     routes = [Route(path, length, methods=["POST"]) for path in paths]
     admitted = ApiKeys([key_digest(key) for key in keys], KeysConfig())
-    gate = Middleware(RequestGate, limits=LIMITS, keys=admitted, metrics=ApiMetrics())
+    gate = Middleware(RequestGate, limits=limits, keys=admitted, metrics=ApiMetrics())
     app = Starlette(routes=[*routes, Route("/broken", broken), Route("/healthz", length)], middleware=[gate])
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
-def post(path: str = "/v1/score", keys: tuple[str, ...] = (), **request: Any) -> httpx.Response:
+def post(
+    path: str = "/v1/score", keys: tuple[str, ...] = (), limits: LimitsConfig = LIMITS, **request: Any
+) -> httpx.Response:
     async def ask() -> httpx.Response:
-        async with client(keys) as asking:
+        async with client(keys, limits) as asking:
             return await asking.post(path, **{"headers": JSON, "content": b"{}", **request})
 
     return asyncio.run(ask())
@@ -94,6 +97,43 @@ def test_what_is_not_json_in_utf8_is_refused(content: bytes, code: str) -> None:
     response = post(content=content)
     assert response.status_code in (400, 422)
     assert response.json()["error"]["code"] == code
+
+
+SMALL = LimitsConfig(texts=2, spans=1)
+SPAN = {"begin": 0, "end": 1, "score": {"value": 0, "type": "PROBABILITY"}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": [0] * most_values(SMALL)},
+        {"input": [[]] * most_values(SMALL)},
+        {"input": [[[0] * 100] * 10] * 10},
+        {"input": [{"a": 0, "b": {"c": 0}}] * (most_values(SMALL) // 3)},
+        dict.fromkeys(map(str, range(most_values(SMALL) + 1)), 0),
+        [0] * (most_values(SMALL) + 1),
+    ],
+    ids=lambda body: json.dumps(body)[:24],
+)
+def test_more_values_than_any_request_needs_are_refused(body: Any) -> None:
+    response = post("/v1/moderations", limits=SMALL, content=json.dumps(body).encode())
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "too_many_values")
+    assert response.json()["error"]["limit"] == most_values(SMALL)
+
+
+@pytest.mark.parametrize(
+    "limits", [LimitsConfig(), LimitsConfig(texts=1, spans=500), LimitsConfig(texts=3000, spans=1)]
+)
+def test_the_longest_requests_of_all_apis_have_few_enough_values(limits: LimitsConfig) -> None:
+    texts = ["a"] * limits.texts
+    attributes = {f"A{i}": {"summaryScore": SPAN["score"], "spanScores": [SPAN] * limits.spans} for i in range(16)}
+    for path, body in (
+        ("/v1/score", {"texts": texts, "prompts": texts, "spans": True}),
+        ("/v1/moderations", {"input": [{"type": "text", "text": text} for text in texts]}),
+        ("/v1alpha1/comments:analyze", {"comment": {"text": "a"}, "attributeScores": attributes}),
+    ):
+        content = json.dumps(body).encode()
+        assert post(path, limits=limits, content=content).json() == len(content)
 
 
 @pytest.mark.parametrize(

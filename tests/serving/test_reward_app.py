@@ -2,6 +2,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from hung_process import stop_when_seen
 from ray import serve
 
 from detox_ray.classifier_config import Calibration, ClassifierConfig
-from detox_ray.config import RewardConfig
+from detox_ray.config import RayConfig, RewardConfig
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards.classifiers import load_classifier
 from detox_ray.rewards.ensemble import with_calibrations
-from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
+from detox_ray.serving.foreground import serve_session
+from detox_ray.serving.reward_app import ClassifierDeployment, delete_reward_app, deploy_reward_app
 from detox_ray.serving.reward_client import RewardClient, fit_calibrations
 from detox_ray.serving.texts import texts_to_read
 
@@ -132,6 +134,13 @@ def test_no_port_is_opened(reward_app: RewardConfig) -> None:
     assert serve.status().proxies == {}
 
 
+def test_a_serve_without_port_is_not_listened_at(reward_app: RewardConfig) -> None:
+    message = r"http\.host=127\.0\.0\.1 http\.port=8000: Serve already runs without HTTP on this Ray"
+    with pytest.raises(ConfigError, match=message), serve_session(RayConfig(), "127.0.0.1", 8000, None):
+        pass
+    assert serve.status().applications
+
+
 def test_client_inside_a_ray_actor(reward_app: RewardConfig) -> None:
     @ray.remote(num_cpus=0.1)
     class Learner:
@@ -190,6 +199,28 @@ def test_answers_that_are_not_scores_and_answers_that_do_not_come(deploy: Callab
     with pytest.raises(RewardError, match=r"'slow' did not answer within reward\.timeout_s=1 s"):
         client.score(["friend"])
     assert time.monotonic() - start < 3
+
+
+def test_the_next_call_waits_for_one_that_was_given_up(deploy: Callable) -> None:
+    client = deploy(RewardConfig(classifiers=[linear("slow_and_alone")], timeout_s=3, retries=0))
+    with pytest.raises(RewardError, match="'slow_and_alone' did not answer within"):
+        client.score(["slow"])
+    assert [s.reward for s in client.score(["friend"])] == pytest.approx([0.8])
+
+
+def test_a_call_whose_turn_comes_too_late_computes_nothing() -> None:
+    deployment = ClassifierDeployment(linear("a_second"))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(deployment.read, ["friend"])
+        time.sleep(0.3)
+        start = time.monotonic()
+        for method in (deployment.score, deployment.toxicity, deployment.read):
+            with pytest.raises(TimeoutError, match=r"busy for 0\.05 s"):
+                method(["friend"], left_s=0.05)
+        assert time.monotonic() - start < 0.6
+        assert not first.done()
+        # Who has time waits, and nobody holds the turn for ever.
+        assert deployment.score(["friend"], left_s=30) == deployment.score(["friend"]) == pytest.approx([0.8])
 
 
 def test_a_constant_classifier_cannot_be_calibrated(deploy: Callable) -> None:

@@ -30,6 +30,18 @@ def test_a_text_without_words_is_one_span(text: str) -> None:
     assert sentence_spans(text, 10) == [(0, len(text))]
 
 
+@pytest.mark.parametrize("run", [".", "。.", "?!"])
+def test_a_long_run_of_stops_inside_a_text_is_read_once(run: str) -> None:
+    text = run * 500_000 + "x"
+    spans = sentence_spans(text, 10)
+    assert (spans[0][0], spans[-1][1]) == (0, len(text))
+
+
+def test_stops_inside_a_text_and_at_its_end() -> None:
+    text = "a..b ...c.) d。.e。 f?!x!"
+    assert [text[begin:end] for begin, end in sentence_spans(text, 10)] == ["a..b ...c.)", "d。", ".e。", "f?!x!"]
+
+
 def test_many_sentences_are_merged_and_none_is_lost() -> None:
     text = " ".join(f"This is {i}." for i in range(1000))
     spans = sentence_spans(text, 7)

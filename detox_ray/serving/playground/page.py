@@ -36,6 +36,8 @@ QUEUE = 16
 # Cards are drawn again no more often than this.
 REDRAW_S = 0.1
 RETRY_S = 2.0
+# Prompts the judge reads at once: a slow one gets through these within the time limit of a call.
+PROMPTS_A_CALL = 32
 LABEL_CHARACTERS = 80
 
 COPY_LINK = """async () => {
@@ -89,12 +91,17 @@ class Page:
     async def _wait_for_scorers(self) -> None:
         """Until the classifiers answer, and the judge has read the prompts whose file has no toxicity."""
         unscored = self._shelf.unscored()
+        toxicity: list[float] = []
+        for start in range(0, max(1, len(unscored)), PROMPTS_A_CALL):
+            toxicity += await self._judged(unscored[start : start + PROMPTS_A_CALL] or ["hello"])
+        self._shelf = self._shelf.scored(toxicity)
+        self._loading.discard("the classifiers")
+
+    async def _judged(self, texts: list[str]) -> list[float]:
+        """The judge's toxicity of each text, whenever it answers."""
         while True:
             try:
-                toxicity = await self._scorers.toxicity.remote(unscored or ["hello"])
-                self._shelf = self._shelf.scored(toxicity[self._setup.judge].tolist() if unscored else [])
-                self._loading.discard("the classifiers")
-                return
+                return (await self._scorers.toxicity.remote(texts))[self._setup.judge].tolist()
             except (RayError, RayServeException) as error:
                 await self._retry_later("a classifier", error)
 

@@ -56,6 +56,8 @@ def assert_refused(response: httpx.Response) -> None:
         b'{"text": "a"} trailing',
         b'{"text": {"text": {"text": []}}, "input": {"a": 1}, "comment": [1, 2]}',
         b'{"input": [[[["a"]]], null, true]}',
+        b'{"input":[' + b"0," * 2_000_000 + b"0]}",
+        b'{"texts":[' + b"{}," * 1_000_000 + b"0]}",
         json.dumps({"texts": ["a"] * 10_000, "input": ["a"] * 10_000, "comment": ["a"] * 10_000}).encode(),
         b"x" * 5_000_000,
     ],
@@ -85,7 +87,8 @@ def test_wrong_texts_are_refused(client: httpx.Client, path: str, text: Any) -> 
         " " * 5000,
         "\n" * 5000,
         ". " * 9000,
-        "a" * 20_000,
+        "a" * 20_480,
+        "." * 19_999 + "x",
     ],
     ids=lambda t: ascii(t)[:16],
 )

@@ -1,6 +1,7 @@
 """Queue, keys, cache, batches, metrics, lost replicas and updates of the running service."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -17,8 +19,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from detox_ray.config import RayConfig, RewardConfig
+from detox_ray.errors import ConfigError, RewardError
 from detox_ray.serving.api_config import ApiConfig
+from detox_ray.serving.foreground import deleted_at_the_end, serve_session
 from detox_ray.serving.http_api import build_http_app
+from detox_ray.serving.serve_api import APP_NAME, serve_api
 
 from .conftest import linear, serve_as
 
@@ -100,6 +106,16 @@ def test_the_http_section_and_a_classifier_that_is_too_slow(deploy: Callable[...
     address = deploy([linear("slow", "faulty:slow")], limits={"timeout_s": 1}, http=http)
     page = httpx.get(f"{address}/$discovery/rest", headers={"origin": "https://example.org"}, timeout=30)
     assert page.headers["access-control-allow-origin"] == "https://example.org"
+    readable = {"Retry-After", "X-Text-Windows", "X-Unscored-Categories"}
+    assert set(page.headers["access-control-expose-headers"].split(", ")) == readable
+    asked = "content-type,x-goog-api-client,x-stainless-lang"
+    preflight = {
+        "origin": "https://example.org",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": asked,
+    }
+    allowed = httpx.options(f"{address}/v1/moderations", headers=preflight, timeout=30)
+    assert (allowed.status_code, allowed.headers["access-control-allow-headers"]) == (200, asked)
     assert page.json()["rootUrl"] == "https://toxicity.example.org/"
     ours = httpx.post(f"{address}/v1/score", json={"text": "a"}, timeout=30)
     assert (ours.status_code, ours.json()["error"]["limit"]) == (504, 1)
@@ -230,6 +246,54 @@ serve_api(load_api_config(None, ["http.port={port}"]), on_ready=print)
 """
     service = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert f"ConfigError: http.host=127.0.0.1 http.port={port}: " in service.stderr
+
+
+def test_a_serve_that_already_listens_is_used_where_it_listens(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    with serve_session(RayConfig(), "127.0.0.1", port, None) as found:
+        assert found == address
+    for host, other in (("127.0.0.1", port - 1), ("0.0.0.0", port)):
+        message = f"http.host={host} http.port={other}: Serve already runs on 127.0.0.1:{port} on this Ray"
+        with pytest.raises(ConfigError, match=re.escape(message)), serve_session(RayConfig(), host, other, None):
+            pass
+
+
+@pytest.mark.parametrize(
+    "error", [RewardError("no start"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
+)
+def test_an_app_that_does_not_get_ready_is_deleted(
+    address: str, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    served = []
+
+    def run_elsewhere(run: Callable[..., None], app: serve.Application, name: str, route_prefix: str) -> None:
+        run(app, name=name, route_prefix="/elsewhere")
+
+    def interrupted(address: str) -> None:
+        served.append(set(serve.status().applications))
+        raise error
+
+    # The root belongs to another app of these tests.
+    monkeypatch.setattr(serve, "run", partial(run_elsewhere, serve.run))
+    port = int(address.rpartition(":")[2])
+    reward = RewardConfig(classifiers=[linear("rude_words", "faulty:rude_words")])
+    config = ApiConfig.model_validate({"reward": reward, "http": {"port": port}})
+    with pytest.raises(type(error)) as raised:
+        serve_api(config, on_ready=interrupted)
+    assert raised.value is error
+    assert APP_NAME in served[0]
+    assert APP_NAME not in serve.status().applications
+
+
+def test_what_went_wrong_first_is_told_when_the_app_cannot_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("the controller is gone")
+
+    monkeypatch.setattr(serve, "delete", fail)
+    with pytest.raises(RewardError, match="no start"), deleted_at_the_end("some"):
+        raise RewardError("no start")
+    with pytest.raises(RuntimeError, match="controller is gone"), deleted_at_the_end("some"):
+        pass
 
 
 def test_the_foreground_service_finishes_what_it_has_begun(tmp_path: Path) -> None:

@@ -83,6 +83,28 @@ def test_snake_case_is_understood_as_in_protocol_buffers(client: httpx.Client) -
     assert set(response.json()["attributeScores"]) == {"INSULT"}
 
 
+def test_null_is_absent_as_in_protocol_buffers(client: httpx.Client) -> None:
+    absent = {"type": None}
+    body = {
+        "comment": {"text": RUDE} | absent,
+        "context": {"entries": [{"text": "a"} | absent], "articleAndParentComment": None},
+        "requestedAttributes": {"INSULT": {"scoreType": None, "score_threshold": None}},
+        "languages": None,
+        "spanAnnotations": None,
+        "doNotStore": None,
+        "clientToken": None,
+    }
+    response = client.post("/v1alpha1/comments:analyze", json=body)
+    assert response.status_code == 200, response.text
+    plain = {"comment": {"text": RUDE}, "requestedAttributes": {"INSULT": {}}}
+    assert response.json() == client.post("/v1alpha1/comments:analyze", json=plain).json()
+    scores = {"TOXICITY": {"summaryScore": {"value": 0, "type": None}, "spanScores": None}}
+    suggestion = {"comment": {"text": RUDE}, "attributeScores": scores, "languages": None}
+    assert client.post("/v1alpha1/comments:suggestscore", json=suggestion).json() == {"requestedLanguages": []}
+    for changes in ({"unknown": None}, {"languages": [None]}, {"comment": None}):
+        assert client.post("/v1alpha1/comments:analyze", json=body | changes).status_code == 400
+
+
 ANALYZE: dict[str, Any] = {"comment": {"text": RUDE}, "requestedAttributes": {"TOXICITY": {}}}
 
 
@@ -128,11 +150,11 @@ def test_refusals_are_perspectives(google: Any, changes: dict, message: str, kin
 
 
 def test_the_refused_field_and_its_limit_are_named(client: httpx.Client) -> None:
-    error = client.post("/v1alpha1/comments:analyze", json=ANALYZE | {"comment": {"text": "a" * 20_001}}).json()[
+    error = client.post("/v1alpha1/comments:analyze", json=ANALYZE | {"comment": {"text": "a" * 20_481}}).json()[
         "error"
     ]
     assert (error["code"], error["status"]) == (400, "INVALID_ARGUMENT")
-    assert error["details"][1]["metadata"] == {"field": "comment.text", "limit": "20000"}
+    assert error["details"][1]["metadata"] == {"field": "comment.text", "limit": "20480"}
     unknown = client.post("/v1alpha1/comments:analyze", json=ANALYZE | {"requestedAttributes": {"THREAT": {}}}).json()
     metadata = unknown["error"]["details"][1]["metadata"]
     assert metadata == {"field": "requestedAttributes.THREAT", "limit": "TOXICITY, INSULT, PROFANITY"}
