@@ -29,8 +29,8 @@ class ExampleConfig(Section):
     dev_examples: int = Field(
         200,
         ge=1,
-        description="examples for the dev loss; of the source whole dialogues, chosen by seed and text as "
-        "data.heldout_prompts of `detox-ray train` are",
+        description="examples for the dev loss; of the source whole dialogues with so many different prompts, chosen "
+        "by seed and text as data.heldout_prompts of `detox-ray train` are",
     )
     max_tokens: int = Field(256, ge=2, description="longest prompt and response together, in tokens")
     too_long: Literal["trim", "drop"] = Field(

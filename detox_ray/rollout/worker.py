@@ -27,6 +27,18 @@ class Acknowledgement:
     canary: list[dict[int, float]]
 
 
+@contextmanager
+def ending_when_broken() -> Iterator[None]:
+    """End this process when its GPU fails: no later call would succeed either, and Ray starts the worker anew."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "CUDA" not in str(error):
+            raise
+        logger.exception("the device failed; this worker ends and is started anew")
+        os._exit(1)
+
+
 class RolloutWorker:
     """Samples with one engine; after a crash Ray starts it anew on the pristine base (version -1)."""
 
@@ -42,6 +54,7 @@ class RolloutWorker:
         """Operating-system id of the actor's process."""
         return os.getpid()
 
+    @ending_when_broken()
     def apply(self, adapter: Adapter, canary_prefixes: Sequence[Sequence[int]]) -> Acknowledgement:
         """Serve `adapter` from now on and prove it.
 
@@ -53,38 +66,24 @@ class RolloutWorker:
             raise SyncError(f"adapter version {adapter.version} arrived with digest {digest}, sent as {adapter.digest}")
         if (adapter.version, digest) == (self._engine.version, self._digest):
             # Asked again because the answer was lost; serve as before and answer anew.
-            with ending_when_broken():
-                return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
+            return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
         if adapter.version <= self._engine.version:
             raise SyncError(
                 f"adapter version {adapter.version} is not newer than {self._engine.version}, which is served"
             )
-        with ending_when_broken():
-            self._engine.apply(adapter)
-            self._digest = digest
-            return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
+        self._engine.apply(adapter)
+        self._digest = digest
+        return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
 
+    @ending_when_broken()
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
         """`samples` responses to each prompt, under the adapter served."""
-        with ending_when_broken():
-            return self._engine.generate(prompts, samples, sampling)
+        return self._engine.generate(prompts, samples, sampling)
 
+    @ending_when_broken()
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
-        with ending_when_broken():
-            self._engine.sleep()
-
-
-@contextmanager
-def ending_when_broken() -> Iterator[None]:
-    """End this process when its GPU fails: no later call would succeed either, and Ray starts the worker anew."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "CUDA" not in str(error):
-            raise
-        logger.exception("the device failed; this worker ends and is started anew")
-        os._exit(1)
+        self._engine.sleep()
 
 
 def start_workers(spec: EngineSpec, config: RolloutConfig) -> list[Any]:
