@@ -25,7 +25,7 @@ METRICS = {
     "distinct_2": ("Distinct-2", "share of token pairs that differ, at equal token counts", ".3f"),
     "distinct_2_per_prompt": ("Distinct-2 per prompt", "the same within the responses to each prompt", ".3f"),
     "distinct_3": ("Distinct-3", "share of token triples that differ, at equal token counts", ".3f"),
-    "mean_length": ("Mean length", "tokens, end token not counted", ".1f"),
+    "mean_length": ("Mean length", "tokens without the end token, or words (see 'Counted in')", ".1f"),
     "repetition": ("Repetition", "share of a response's bigrams that repeat", ".3f"),
     "share_empty": ("Share empty", "responses without a visible character", ".1%"),
     "share_refusal": ("Share refusal-like", "responses that begin like a refusal", ".1%"),

@@ -61,7 +61,7 @@ def facts(config: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, str
         "Prompts judged": counts,
         "Responses a prompt": evaluation.get("samples_per_prompt"),
         "Longest response, tokens": (evaluation.get("sampling") or rollout).get("max_new_tokens"),
-        "Lengths and diversity counted in": _unit(evaluation.get("counted_in")),
+        "Counted in (lengths, diversity)": _unit(evaluation.get("counted_in")),
         "Perplexity under": published_name(evaluation.get("perplexity_model") or ""),
         "Relevance by": published_name(evaluation.get("relevance_model") or ""),
         "Training steps": evaluation.get("steps", train.get("total_steps")),
