@@ -15,12 +15,12 @@ from detox_ray.config import Config
 from detox_ray.config_file import dump_config, load_config, read_tree
 from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError, DetoxError, storage_error
+from detox_ray.lab_commands import lab
 from detox_ray.meter_config import load_scorers
 
 app = typer.Typer(
     help="Make a language model less toxic, and prove it.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-lab = typer.Typer(help="The offline lab: a small world without downloads.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -83,6 +83,7 @@ def compare(
 def analyze(
     folder: RunPath,
     relevance_model: Annotated[str | None, typer.Option(help="sentence encoder, folder or hub id")] = None,
+    relevance_revision: Annotated[str | None, typer.Option(help="its commit or tag, when it is a hub id")] = None,
 ) -> None:
     """Say what changed inside the tuned model, and show it in the report; needs the extra `analysis`."""
     with _loading():
@@ -91,7 +92,12 @@ def analyze(
     from detox_ray.terminal import Terminal
 
     with Terminal().bar("analysing", total=1) as bar:
-        analysis.analyze(folder, relevance_model=relevance_model, progress=lambda _, share: bar(share))
+        analysis.analyze(
+            folder,
+            relevance_model=relevance_model,
+            relevance_revision=relevance_revision,
+            progress=lambda _, share: bar(share),
+        )
     typer.echo(write_report(folder))
 
 
@@ -194,24 +200,26 @@ def audit(
     cases: Annotated[Path, typer.Argument(help="labelled cases: HateCheck's CSV, or any CSV, JSONL or Parquet file")],
     config: ScorersPath = Path("configs/laptop.yaml"),
     output: Annotated[Path, typer.Option(help="folder of the audit")] = Path("runs/audit"),
-    text_column: Annotated[str | None, typer.Option(help="with the text; none: HateCheck's")] = None,
-    label_column: Annotated[str | None, typer.Option(help="with the label")] = None,
-    group_column: Annotated[str | None, typer.Option(help="with the group that the text is about")] = None,
+    text_column: Annotated[str, typer.Option(help="with the text")] = "test_case",
+    label_column: Annotated[str, typer.Option(help="with the label")] = "label_gold",
+    group_column: Annotated[str, typer.Option(help="with the group that the text is about")] = "target_ident",
+    toxic_label: Annotated[list[str] | None, typer.Option(help="means toxic; may be repeated")] = None,
+    nontoxic_label: Annotated[list[str] | None, typer.Option(help="means not toxic; may be repeated")] = None,
     generations: Annotated[Path | None, typer.Option(help="generations.parquet whose prompts name groups")] = None,
 ) -> None:
     """Audit scorers for bias: how often they are wrong, by group, and whether naming a group is enough."""
-    from detox_ray.data.cases import CaseColumns
+    from detox_ray.data.cases import CaseColumns, CaseLabels
     from detox_ray.data.lab import resolve_lab
     from detox_ray.evaluation.audit import run_audit
     from detox_ray.evaluation.audit_report import audit_table
     from detox_ray.terminal import Terminal
 
-    named = {"text": text_column, "label": label_column, "group": group_column}
-    columns = CaseColumns(**{name: column for name, column in named.items() if column is not None})
+    columns = CaseColumns(text_column, label_column, group_column)
+    labels = CaseLabels(toxic_label or CaseLabels.toxic, nontoxic_label or CaseLabels.nontoxic)
     scorers = resolve_lab(load_scorers(config)).scorers
     with Terminal().bar("auditing", total=1) as bar:
         found = run_audit(
-            cases, scorers, output, columns, generations=generations, progress=lambda _, done, of: bar(done / of)
+            *(cases, scorers, output, columns, labels, generations), progress=lambda _, done, of: bar(done / of)
         )
     Console().print(audit_table(found))
     typer.echo(output / "audit.html")
@@ -330,26 +338,6 @@ def doctor() -> None:
     from detox_ray.doctor import diagnose
 
     Console().print(diagnose())
-
-
-@lab.command("build")
-def lab_build() -> None:
-    """Build the lab now instead of on first use."""
-    from detox_ray.data.lab import build_lab
-    from detox_ray.terminal import Terminal
-
-    terminal = Terminal()
-    with terminal.bar("building the offline lab", total=1) as progress:
-        folder = build_lab(progress=lambda _, share: progress(share))
-    terminal.stage(f"the lab is in {folder}")
-
-
-@lab.command("remove")
-def lab_remove() -> None:
-    """Remove the lab's files."""
-    from detox_ray.data.lab import remove_lab
-
-    typer.echo("removed" if remove_lab() else "there is none")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
 from detox_ray.evaluation.file_system import FileSystem, read_file_systems
 from detox_ray.evaluation.meter import PerplexityModel, score_responses
 from detox_ray.evaluation.perplexity import load_reference_model
+from detox_ray.evaluation.relevance import SentenceEncoder
 from detox_ray.evaluation.report import write_report
 from detox_ray.evaluation.responses import WORDS, SystemResponses, align, group_rollouts, rows_like
 from detox_ray.evaluation.sampled_file import FOLDER as SAMPLED_FOLDER
@@ -74,6 +75,7 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
     config = with_lab(given.with_absolute_paths(), terminal)
     for scorer in config.scorers:
         check_classifier(scorer)
+    _encoder(config)  # one that does not load says so before anything is sampled
     needed = [rollout_placement(config.rollout)]
     if cluster_address(config.ray) is None:
         check_placements(needed, local_capacity(config.ray))
@@ -179,13 +181,15 @@ def judge_and_report(
         raise ConfigError("scorers is empty, and no score is known of every system: name a scorer")
     terminal.stage(f"judging with {', '.join(names)}")
     scorers = [load_classifier(scorer) for scorer in config.scorers]
+    perplexity_model, encoder = _perplexity_model(config), _encoder(config)
     scored = []
     with terminal.bar("scoring", len(systems)) as progress:
         for number, system in enumerate(systems, 1):
             own = {name: scores for name, scores in known.get(system.name, {}).items() if name in names}
-            model = _perplexity_model(system.name, config)
-            encoder = config.relevance_model, config.relevance_revision
-            scored.append(score_responses(system, scorers, model, *encoder, own))
+            model = perplexity_model
+            if model is not None and _is_perplexity_model(system.name, config):
+                model = replace(model, tokenizer=None)
+            scored.append(score_responses(system, scorers, model, encoder, own))
             progress(number)
     read_by = config.perplexity_model, config.relevance_model
     protocol = Protocol(names, config.seed, config.bootstrap_resamples, *read_by, _counted_in(config))
@@ -286,16 +290,25 @@ def _sampled_file(
     return SampledFile(folder.path, system.name, model, prompts, config.rollout.samples_per_prompt, sampling)
 
 
-def _perplexity_model(system_name: str, config: MeterConfig) -> PerplexityModel | None:
-    """The configured perplexity model; it reads its own tokens, unless the system is that model and wrote them."""
+def _perplexity_model(config: MeterConfig) -> PerplexityModel | None:
+    """The configured perplexity model, which reads its own tokens."""
     if config.perplexity_model is None:
         return None
     tokenizer = load_tokenizer(_reader(config))
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = load_reference_model(config.perplexity_model, config.perplexity_revision, device, dtype)
-    wrote = [s.policy.model for s in config.systems if s.name == system_name and s.policy is not None]
-    own = wrote == [config.perplexity_model]
-    return PerplexityModel(config.perplexity_model, model, int(tokenizer.pad_token_id), None if own else tokenizer)
+    return PerplexityModel(model, int(tokenizer.pad_token_id), tokenizer)
+
+
+def _is_perplexity_model(system_name: str, config: MeterConfig) -> bool:
+    """Whether the system is a policy on the perplexity model, which reads the very tokens that such a one wrote."""
+    models = [s.policy.model for s in config.systems if s.name == system_name and s.policy is not None]
+    return models == [config.perplexity_model]
+
+
+def _encoder(config: MeterConfig) -> SentenceEncoder | None:
+    """The configured relevance model."""
+    return SentenceEncoder(config.relevance_model, config.relevance_revision) if config.relevance_model else None
 
 
 def _reader(config: MeterConfig) -> PolicyConfig:

@@ -5,6 +5,7 @@ Nothing is dropped in silence: a row that cannot be used is left out and counted
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,15 @@ class CaseColumns:
     text: str = "test_case"
     label: str = "label_gold"
     group: str = "target_ident"
-    functionality: str | None = "functionality"
+    functionality: str = "functionality"
 
 
 @dataclass(frozen=True)
 class CaseLabels:
     """What the values of the label column mean; case and surrounding white space do not count."""
 
-    toxic: tuple[str, ...] = ("hateful", "hate", "toxic", "offensive", "1", "true", "yes")
-    nontoxic: tuple[str, ...] = (
+    toxic: Sequence[str] = ("hateful", "hate", "toxic", "offensive", "1", "true", "yes")
+    nontoxic: Sequence[str] = (
         *("non-hateful", "nonhateful", "not hateful", "nothate", "non-toxic", "nontoxic", "not toxic"),
         *("neutral", "normal", "benign", "0", "false", "no"),
     )
@@ -109,21 +110,21 @@ def read_cases(path: str | Path, columns: CaseColumns | None = None, labels: Cas
         found.append((place, case))
     if not present:
         raise DataError(f"{path} has no rows{described(left_out.counts())}; give a file with a case a row")
-    named = (columns.text, columns.label, columns.group, columns.functionality)
-    require_columns(path, [name for name in named if name is not None], list(present))
+    require_columns(path, [columns.text, columns.label, columns.group], list(present))
+    has_functionalities = columns.functionality in present
     cases = _unique(found, left_out)
     counts = left_out.counts()
     if not cases:
         fix = _labels_hint(columns, unknown, meanings) or "repair the file"
         raise DataError(f"{path}: no case is left{described(counts)}; {fix}")
     _check_values(path, columns.group, {case.group for case in cases})
-    if columns.functionality is not None:
+    if has_functionalities:
         _check_values(path, columns.functionality, {case.functionality for case in cases})
     return Cases(
         texts=[case.text for case in cases],
         toxic=np.array([case.toxic for case in cases]),
         groups=[case.group for case in cases],
-        functionalities=None if columns.functionality is None else [case.functionality for case in cases],
+        functionalities=[case.functionality for case in cases] if has_functionalities else None,
         rows=rows,
         left_out=counts,
         noted=noted.counts(),
@@ -144,8 +145,8 @@ def _read_row(row: Row, columns: CaseColumns, meanings: dict[str, bool]) -> _Cas
     toxic = meanings.get(_normalized_label(label))
     if toxic is None:
         return "unknown label"
-    functionality = _name(row.get(columns.functionality)) if columns.functionality is not None else None
-    return _Case(text[:MAX_CHARACTERS], toxic, _name(row.get(columns.group)), functionality or "(none)")
+    functionality = _name(row.get(columns.functionality)) or "(none)"
+    return _Case(text[:MAX_CHARACTERS], toxic, _name(row.get(columns.group)), functionality)
 
 
 def _unique(found: list[tuple[str, _Case]], left_out: Tally) -> list[_Case]:
@@ -187,7 +188,8 @@ def _labels_hint(columns: CaseColumns, unknown: Counter[str], meanings: dict[str
         return f"column {columns.label!r} has {len(unknown):,} different values: name the column with the labels"
     listed = ", ".join(repr(label[:20]) for label in sorted(unknown))
     known = ", ".join(sorted(meanings))
-    return f"column {columns.label!r} has {listed}; known are {known}: say which of its labels mean toxic and not toxic"
+    fix = "say which of its labels mean what with --toxic-label and --nontoxic-label"
+    return f"column {columns.label!r} has {listed}; known are {known}: {fix}"
 
 
 def _check_values(path: Path, column: str, values: set[Any]) -> None:

@@ -42,7 +42,7 @@ from detox_ray.evaluation.analysis_inputs import AnsweredPrompt, ComparedSystems
 from detox_ray.evaluation.analysis_sections import Comparison, Json, TokenStatistics
 from detox_ray.evaluation.attribution import Attribution, check_captum, integrated_gradients, mean_embedding
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
-from detox_ray.evaluation.relevance import prompt_response_similarity
+from detox_ray.evaluation.relevance import SentenceEncoder
 from detox_ray.evaluation.words import token_pieces
 from detox_ray.metrics_file import write_atomically
 from detox_ray.policy.sequences import collate
@@ -76,6 +76,7 @@ def analyze(
     adapters: Mapping[str, Path] | None = None,
     judge: Classifier | None = None,
     relevance_model: str | None = None,
+    relevance_revision: str | None = None,
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> Json:
@@ -87,7 +88,7 @@ def analyze(
         policy: the base model, in place of the run's.
         adapters: folder of the adapter of each tuned system, by the name that its responses have.
         judge: says which words are toxic, in place of the run's; with `policy` and no judge, none are marked.
-        relevance_model: sentence encoder, folder or hub id; none: relevance is not measured.
+        relevance_model: sentence encoder, folder or hub id (at `relevance_revision`); none: relevance is not measured.
         limits: how much is analysed.
         progress: is told what is being done and the share done, in [0, 1].
 
@@ -105,6 +106,7 @@ def analyze(
     table = inputs.read_generations(folder / inputs.GENERATIONS_FILE, [reference, *adapters])
     inputs.check_adapter_folders(adapters)
     check_captum()
+    encoder = None if relevance_model is None else SentenceEncoder(relevance_model, relevance_revision)
     if policy is None:
         config = inputs.read_run_config(folder)
         policy, model_name = inputs.served_base(folder, config), config.policy.model
@@ -125,7 +127,7 @@ def analyze(
         "seed": limits.seed,
         "threshold": TOXIC_THRESHOLD,
         "skipped": skipped,
-        **_measured(systems, prompts, judge, relevance_model, limits, progress),
+        **_measured(systems, prompts, judge, encoder, limits, progress),
     }
     write_atomically(folder / ANALYSIS_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content
@@ -162,7 +164,7 @@ def _measured(
     systems: ComparedSystems,
     prompts: list[AnsweredPrompt],
     judge: Classifier | None,
-    relevance_model: str | None,
+    encoder: SentenceEncoder | None,
     limits: Limits,
     progress: Progress | None,
 ) -> Json:
@@ -187,10 +189,9 @@ def _measured(
                 attributions[system].append(_attribution(model, prompt, system, baseline, limits.attribution_steps))
                 advance("attribution", limits.attribution_steps)
     relevance = None
-    if relevance_model is not None:
-        relevance = sections.relevance_section(
-            comparison, relevance_model, _similarities(systems, prompts, relevance_model, limits)
-        )
+    if encoder is not None:
+        similarities = _similarities(systems, prompts, encoder, limits)
+        relevance = sections.relevance_section(comparison, encoder.model, similarities)
     pieces = {
         writer: [token_pieces(systems.tokenizer, prompt.responses[writer].token_ids) for prompt in prompts]
         for writer in systems.names
@@ -216,12 +217,12 @@ def _attribution(model: Any, prompt: AnsweredPrompt, system: str, baseline: torc
 
 
 def _similarities(
-    systems: ComparedSystems, prompts: list[AnsweredPrompt], relevance_model: str, limits: Limits
+    systems: ComparedSystems, prompts: list[AnsweredPrompt], encoder: SentenceEncoder, limits: Limits
 ) -> dict[str, np.ndarray]:
     """Cosine of prompt and response, [P] for each system."""
     texts = [prompt.text for _ in systems.names for prompt in prompts]
     responses = [prompt.responses[system].text for system in systems.names for prompt in prompts]
-    similarity = prompt_response_similarity(relevance_model, texts, responses, limits.batch_size)
+    similarity = encoder.similarity(texts, responses, limits.batch_size)
     return dict(zip(systems.names, np.split(similarity, len(systems.names)), strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -10,21 +10,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from detox_ray.data.templates import start_ids, stop_ids
 from detox_ray.errors import RewardError
 from detox_ray.evaluation.perplexity import response_nll
-from detox_ray.evaluation.relevance import prompt_response_similarity
+from detox_ray.evaluation.relevance import SentenceEncoder
 from detox_ray.evaluation.responses import ScoredResponses, SystemResponses
+from detox_ray.rewards.classifiers import Classifier
 
 BATCH_SIZE = 32
-
-
-class Scorer(Protocol):
-    """A classifier that says how toxic texts are."""
-
-    @property
-    def name(self) -> str:
-        """Of the classifier, as it stands in the report."""
-
-    def toxicity(self, texts: Sequence[str]) -> np.ndarray:
-        """Probability that each of N texts is toxic, [N] in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,6 @@ class PerplexityModel:
     own token ids are taken.
     """
 
-    name: str
     model: Any
     pad_id: int
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -70,16 +59,15 @@ class PerplexityModel:
 
 def score_responses(
     responses: SystemResponses,
-    scorers: Sequence[Scorer],
+    scorers: Sequence[Classifier],
     perplexity_model: PerplexityModel | None,
-    relevance_model: str | None = None,
-    relevance_revision: str | None = None,
+    encoder: SentenceEncoder | None = None,
     known: dict[str, np.ndarray] | None = None,
 ) -> ScoredResponses:
     """Every scorer's toxicity and the model's likelihood of every response.
 
-    The first scorer is the judge; `relevance_model`, of the hub at `relevance_revision`, is a sentence encoder, for the
-    similarity to the prompt; `known` scores `[P, S]`, such as those a file came with, stand after the scorers.
+    The first scorer is the judge; `encoder` is for the similarity to the prompt; `known` scores `[P, S]`, such as those
+    a file came with, stand after the scorers.
 
     Raises:
         RewardError: a scorer returned something that is not a probability for each text.
@@ -90,14 +78,13 @@ def score_responses(
     toxicity = {scorer.name: checked_toxicity(scorer, texts).reshape(shape) for scorer in scorers}
     nll, tokens = perplexity_model.nll(responses) if perplexity_model else (None, None)
     relevance = None
-    if relevance_model is not None:
+    if encoder is not None:
         prompts = [rollout.prompt_text for rollout in responses.flat]
-        similarity = prompt_response_similarity(relevance_model, prompts, texts, BATCH_SIZE, relevance_revision)
-        relevance = similarity.reshape(shape)
+        relevance = encoder.similarity(prompts, texts, BATCH_SIZE).reshape(shape)
     return ScoredResponses(responses, toxicity | (known or {}), nll, tokens, relevance)
 
 
-def checked_toxicity(scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
+def checked_toxicity(scorer: Classifier, texts: Sequence[str]) -> np.ndarray:
     """What a scorer says of N texts, `[N] float64`; every different text is asked for once.
 
     A text without a visible character says nothing toxic: it is 0 by every scorer, and asked of none (some refuse it).
@@ -116,7 +103,7 @@ def checked_toxicity(scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
     if wrong.any():
         raise RewardError(
             f"scorer {scorer.name!r} returned {scores[wrong][0]} for {int(wrong.sum())} of {len(different)} texts: "
-            "expected a probability of toxicity in [0, 1]; set its output to probability"
+            "expected a probability of toxicity in [0, 1]"
         )
     by_text = dict(zip(different, scores, strict=True))
     return np.array([by_text.get(text, 0.0) for text in texts])

@@ -11,28 +11,36 @@ from detox_ray.hub import why_not_loaded
 MAX_TOKENS = 512
 
 
-def prompt_response_similarity(
-    model: str, prompts: Sequence[str], responses: Sequence[str], batch_size: int, revision: str | None = None
-) -> np.ndarray:
-    """Cosine similarity of each response with its prompt, [N] float64 in [-1, 1]; 0 where either has no visible text.
+class SentenceEncoder:
+    """A transformers encoder with safetensors weights, in a folder or on the hub (at `revision`).
 
-    `model` is the folder or hub id (at `revision`) of a transformers encoder with safetensors weights. The embedding of
-    a text is the mean of the last hidden states of its tokens, special tokens included, as sentence-transformers makes
-    it (Reimers and Gurevych 2019); texts are cut to the tokens that the encoder can read, at most 512.
-
-    Raises:
-        DataError: different numbers of prompts and responses.
-        ModelError: the model cannot be loaded or is no encoder.
+    The embedding of a text is the mean of the last hidden states of its tokens, special tokens included, as
+    sentence-transformers makes it (Reimers and Gurevych 2019); texts are cut to the tokens that the encoder can read,
+    at most 512.
     """
-    if len(prompts) != len(responses):
-        raise DataError(f"{len(prompts)} prompts for {len(responses)} responses: give one prompt a response")
-    tokenizer, encoder = _load_encoder(model, revision)
-    # Prompts with many responses are embedded once.
-    texts = sorted({text for text in (*prompts, *responses) if text.strip()})
-    row_of = {text: row for row, text in enumerate(texts)}
-    units = _unit_embeddings(tokenizer, encoder, texts, batch_size)
-    pairs = [(row_of.get(p), row_of.get(r)) for p, r in zip(prompts, responses, strict=True)]
-    return np.array([0.0 if p is None or r is None else float(units[p] @ units[r]) for p, r in pairs], dtype=np.float64)
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        """Raises:
+        ModelError: the model cannot be loaded or is no encoder.
+        """
+        self.model = model
+        self._tokenizer, self._encoder = _load_encoder(model, revision)
+
+    def similarity(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int) -> np.ndarray:
+        """Cosine similarity of each response with its prompt, [N] float64 in [-1, 1]; 0 where one has no visible text.
+
+        Raises:
+            DataError: different numbers of prompts and responses.
+        """
+        if len(prompts) != len(responses):
+            raise DataError(f"{len(prompts)} prompts for {len(responses)} responses: give one prompt a response")
+        # Prompts with many responses are embedded once.
+        texts = sorted({text for text in (*prompts, *responses) if text.strip()})
+        row_of = {text: row for row, text in enumerate(texts)}
+        units = _unit_embeddings(self._tokenizer, self._encoder, texts, batch_size)
+        pairs = [(row_of.get(p), row_of.get(r)) for p, r in zip(prompts, responses, strict=True)]
+        cosines = [0.0 if p is None or r is None else float(units[p] @ units[r]) for p, r in pairs]
+        return np.array(cosines, dtype=np.float64)
 
 
 def _load_encoder(model: str, revision: str | None) -> tuple[Any, Any]:

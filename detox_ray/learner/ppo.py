@@ -220,9 +220,10 @@ class PPO:
         policy = policy_loss(
             now.logprobs, piece.proximal, piece.advantages, piece.importance, piece.mask, config.clip_range
         )
-        value = value_loss(now.values, piece.values, piece.returns, piece.mask, config.value_clip_range)
         loss = policy.loss - config.entropy_coefficient * now.entropy.sum()
+        value = torch.zeros(())
         if config.estimator == "gae":
+            value = value_loss(now.values, piece.values, piece.returns, piece.mask, config.value_clip_range)
             loss = loss + config.value_coefficient * value
         (loss / tokens).backward()
         return torch.stack([x.detach().float().cpu() for x in (policy.loss, value, policy.clipped, policy.approx_kl)])

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from detox_ray.config import RayConfig, RewardConfig
+from detox_ray.config import Config, RayConfig, RewardConfig
 from detox_ray.config_file import parse_config, parse_section, read_tree
 from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError
@@ -207,16 +207,18 @@ def load_api_config(
 ) -> ApiConfig:
     """The service's configuration in a YAML file, or the embedded one, with dotted overrides applied.
 
-    The file of a training run will do: its `reward` section is served. Without `calibrated` the file's `calibration` is
-    not even looked at.
+    The file of a training run will do: its sections `reward` and `ray` are taken, and any of the service beside them.
+    Without `calibrated` the file's `calibration` is not even looked at.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
     """
     tree = read_tree({} if path is None else path, overrides)
     table = tree.pop("calibration", None)
-    if "policy" in tree or "data" in tree:
-        tree = {"reward": parse_config(tree).reward.model_dump()}
+    if "reward" in tree and tree.keys() & (Config.model_fields.keys() - ApiConfig.model_fields.keys()):
+        only_service = ApiConfig.model_fields.keys() - Config.model_fields.keys()
+        of_service = {key: tree.pop(key) for key in only_service & tree.keys()}
+        tree = parse_config(tree).model_dump(include={"reward", "ray"}) | of_service
     if calibrated and table is not None:
         tree["calibration"] = read_table(table) if isinstance(table, str) else table
     return parse_section(ApiConfig, tree)

@@ -12,7 +12,7 @@ from detox_ray.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.unit
 
-PLAIN = CaseColumns("text", "label", "group", None)
+PLAIN = CaseColumns("text", "label", "group")
 HATECHECK = """,functionality,case_id,test_case,label_gold,target_ident,direction
 0,ident_neutral_nh,1,"I know a group-a, and a group-b.",non-hateful,group-a,-
 1,derog_neg_emote_h,2,You group-b are all fools.,hateful,group-b,directed
@@ -83,6 +83,13 @@ def test_labels_of_every_kind(tmp_path, labels):
     assert read_cases(tmp_path / "cases.parquet", PLAIN).toxic.tolist() == [True, False]
 
 
+def test_functionalities_are_read_where_the_file_has_them(tmp_path):
+    rows = [case("you fool", 1), case("you friend", 0)]
+    assert read_cases(write_jsonl(tmp_path / "plain.jsonl", rows), PLAIN).functionalities is None
+    kinds = [row | {"functionality": kind} for row, kind in zip(rows, ("slur_h", None), strict=True)]
+    assert read_cases(write_jsonl(tmp_path / "kinds.jsonl", kinds), PLAIN).functionalities == ["slur_h", "(none)"]
+
+
 def test_labels_named_by_the_caller(tmp_path):
     path = write_jsonl(tmp_path / "cases.jsonl", [case("you fool", "rude"), case("you friend", "civil")])
     cases = read_cases(path, PLAIN, CaseLabels(toxic=("Rude",), nontoxic=("civil",)))
@@ -120,7 +127,7 @@ def test_missing_columns_and_files(tmp_path):
     path.write_text("text,label,grup\nyou fool,toxic,group-a\n")
     with pytest.raises(DataError, match=r"no column 'group'; its columns are text, label, grup: did you mean 'grup'"):
         read_cases(path, PLAIN)
-    with pytest.raises(DataError, match="no column 'test_case', 'label_gold', 'target_ident', 'functionality'"):
+    with pytest.raises(DataError, match="no column 'test_case', 'label_gold', 'target_ident'"):
         read_cases(path)
     with pytest.raises(DataError, match="does not exist"):
         read_cases(tmp_path / "none.csv")

@@ -192,15 +192,22 @@ def test_intervals_by_hand():
 def test_relevance_is_of_each_systems_own_responses(captum, tiny_model, tmp_path, monkeypatch):
     from detox_ray.evaluation import analysis as module
 
-    def words_in_common(model, prompts, responses, batch_size):
-        assert model == "encoder"
-        return np.array([len(set(p.split()) & set(r.split())) / 10 for p, r in zip(prompts, responses, strict=True)])
+    class WordsInCommon:
+        def __init__(self, model, revision):
+            assert revision == "v1"
+            self.model = model
 
-    monkeypatch.setattr(module, "prompt_response_similarity", words_in_common)
+        def similarity(self, prompts, responses, batch_size):
+            return np.array(
+                [len(set(p.split()) & set(r.split())) / 10 for p, r in zip(prompts, responses, strict=True)]
+            )
+
+    monkeypatch.setattr(module, "SentenceEncoder", WordsInCommon)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = [row(tokenizer, s, p, t) for p in PROMPTS for s, t in (("base", " the day was"), ("tuned", " the end"))]
     run = make_run(tmp_path / "run", tiny_model, rows)
-    found = analyze(run, judge=WordJudge(), relevance_model="encoder", limits=LIMITS)["relevance"]
+    encoder = {"relevance_model": "encoder", "relevance_revision": "v1"}
+    found = analyze(run, judge=WordJudge(), limits=LIMITS, **encoder)["relevance"]
     assert found["model"] == "encoder"
     assert found["systems"]["base"] == {"value": 0.3, "low": 0.3, "high": 0.3}
     assert found["changes"]["tuned"] == {"value": -0.2, "low": -0.2, "high": -0.2}

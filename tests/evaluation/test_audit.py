@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from detox_ray import cli
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.cases import CaseColumns, read_cases
 from detox_ray.errors import ConfigError, DataError, ModelError
@@ -21,7 +22,7 @@ from detox_ray.evaluation.responses import SCHEMA
 
 pytestmark = pytest.mark.unit
 
-COLUMNS = CaseColumns("text", "label", "group", None)
+COLUMNS = CaseColumns("text", "label", "group")
 ATTACK = "<img src=x onerror=alert(1)>|</script>"
 PROFANITY = {"name": "profanity", "kind": "linear", "model": "profanity_check:predict_prob", "output": "probability"}
 
@@ -200,6 +201,24 @@ def test_checks_come_before_a_classifier_is_loaded(case_file, tmp_path, monkeypa
     with pytest.raises(ConfigError, match="no scorers"):
         run_audit(case_file, [], out, COLUMNS)
     assert not out.exists()
+
+
+def test_the_command_on_a_file_of_other_columns_and_labels(tmp_path, monkeypatch, capsys):
+    cases = tmp_path / "cases.csv"
+    cases.write_text("comment,verdict,about\nyou damn fool,rude,group-a\nyou friend,civil,group-b\n")
+    scorers = tmp_path / "scorers.yaml"
+    scorers.write_text(f"systems: [{{name: none, responses: none.csv}}]\nscorers: {json.dumps([PROFANITY])}\n")
+    columns = ["--text-column=comment", "--label-column=verdict", "--group-column=about"]
+    labels = ["--toxic-label=rude", "--nontoxic-label=civil"]
+    command = ["detox-ray", "audit", str(cases), f"--config={scorers}", f"--output={tmp_path / 'audit'}"]
+    monkeypatch.setattr("sys.argv", [*command, *columns])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "--toxic-label and --nontoxic-label" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("sys.argv", [*command, *columns, *labels])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text())["cases"] == 2
 
 
 def test_real_hatecheck_by_pandas(shared, tmp_path):

@@ -80,7 +80,7 @@ def systems(make_rollouts):
 
 @pytest.fixture(scope="module")
 def scored(systems, tiny_llama):
-    model = PerplexityModel("tiny", tiny_llama, PAD_ID)
+    model = PerplexityModel(tiny_llama, PAD_ID)
     return [score_responses(system, [ProfanityCheck(), Length()], model) for system in systems]
 
 
@@ -254,7 +254,7 @@ def test_another_models_perplexity_reads_its_own_tokens(make_rollouts, tiny_llam
             return {"input_ids": [[2 + len(word) for word in text.split()] for text in texts]}
 
     system = group_rollouts("base", make_rollouts([["one three", "four"]]), PROMPTS, [END_ID])
-    nll, tokens = PerplexityModel("other", tiny_llama, PAD_ID, Words()).nll(system)
+    nll, tokens = PerplexityModel(tiny_llama, PAD_ID, Words()).nll(system)
     expected, counts = response_nll(tiny_llama, [[8, 8, 3]] * 2, [[5, 7], [6]], 2, PAD_ID)
     assert nll.tolist() == [pytest.approx(expected.tolist())]
     assert tokens.tolist() == [counts.tolist()]

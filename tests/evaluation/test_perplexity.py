@@ -44,7 +44,7 @@ def test_what_is_longer_than_the_model_reads_is_cut(tiny_llama):
     for prompt, response in ((long[:5], long), (long, long[:5]), (long[:most], long), (long[:3], long[:4])):
         rollout = Rollout("a", "", prompt, response, np.zeros(0, np.float32), "", "", 0)
         responses = SystemResponses("long", [Prompt("a", "", ())], [[rollout]])
-        nll, tokens = PerplexityModel("tiny", tiny_llama, pad_id=0).nll(responses)
+        nll, tokens = PerplexityModel(tiny_llama, pad_id=0).nll(responses)
         assert np.isfinite(nll).all()
         found.append(int(tokens[0, 0]))
     assert found == [most - 5, 5, most - most // 2, 4]

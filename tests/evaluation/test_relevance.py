@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from detox_ray.errors import DataError, ModelError
-from detox_ray.evaluation.relevance import prompt_response_similarity
+from detox_ray.evaluation.relevance import SentenceEncoder
 
 pytestmark = pytest.mark.unit
 
@@ -48,7 +48,7 @@ def test_similarity_equals_the_cosine_one_by_one(tiny_encoder, batch_size):
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, size=n)) for n in (1, 3, 9, 2, 5, 40)]
     prompts, responses = [texts[0], texts[0], texts[1], texts[2], texts[5]], [*texts[1:5], texts[0]]
-    found = prompt_response_similarity(tiny_encoder, prompts, responses, batch_size)
+    found = SentenceEncoder(tiny_encoder).similarity(prompts, responses, batch_size)
     expected = [cosine_one_by_one(tiny_encoder, p, r) for p, r in zip(prompts, responses, strict=True)]
     assert found.dtype == np.float64
     assert np.allclose(found, expected, atol=1e-5)
@@ -56,18 +56,17 @@ def test_similarity_equals_the_cosine_one_by_one(tiny_encoder, batch_size):
 
 
 def test_same_text_is_1_and_no_text_is_0(tiny_encoder):
-    found = prompt_response_similarity(
-        tiny_encoder, ["a good day", "a good day", " "], ["a good day", " \n", "rain"], 8
-    )
+    encoder = SentenceEncoder(tiny_encoder)
+    found = encoder.similarity(["a good day", "a good day", " "], ["a good day", " \n", "rain"], 8)
     assert found.tolist() == pytest.approx([1.0, 0.0, 0.0])
-    assert prompt_response_similarity(tiny_encoder, [], [], 8).shape == (0,)
+    assert encoder.similarity([], [], 8).shape == (0,)
 
 
 def test_a_real_encoder_tells_topics_apart(shared):
     model = str(shared / "models" / "minilm-toxicity")
     prompt = "The weather tomorrow will be"
-    found = prompt_response_similarity(
-        model, [prompt] * 2, ["sunny with a little rain.", "You fool, you know nothing."], 8
+    found = SentenceEncoder(model).similarity(
+        [prompt] * 2, ["sunny with a little rain.", "You fool, you know nothing."], 8
     )
     assert found.tolist() == pytest.approx(
         [cosine_one_by_one(model, prompt, r) for r in ("sunny with a little rain.", "You fool, you know nothing.")],
@@ -78,11 +77,11 @@ def test_a_real_encoder_tells_topics_apart(shared):
 
 def test_what_is_no_encoder_is_one_clear_error(tiny_encoder, tiny_model, tmp_path):
     with pytest.raises(DataError, match="1 prompts for 2 responses"):
-        prompt_response_similarity(tiny_encoder, ["a"], ["b", "c"], 8)
+        SentenceEncoder(tiny_encoder).similarity(["a"], ["b", "c"], 8)
     with pytest.raises(ModelError, match=r"nowhere.*does not load"):
-        prompt_response_similarity(str(tmp_path / "nowhere"), ["a"], ["b"], 8)
+        SentenceEncoder(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="is a llama, not an encoder"):
-        prompt_response_similarity(tiny_model, ["a"], ["b"], 8)
+        SentenceEncoder(tiny_model)
 
 
 def test_weights_that_are_no_safetensors_are_refused(tiny_encoder, tmp_path):
@@ -91,4 +90,4 @@ def test_weights_that_are_no_safetensors_are_refused(tiny_encoder, tmp_path):
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="does not load"):
-        prompt_response_similarity(str(tmp_path), ["a"], ["b"], 8)
+        SentenceEncoder(str(tmp_path))

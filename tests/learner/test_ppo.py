@@ -64,7 +64,8 @@ def test_the_better_of_two_arms_becomes_likelier(tiny_model: str, estimator: str
         for i in range(4)
         for j, arm in enumerate([10, 20])
     ]
-    ppo.update(rollouts, np.array([1.0, -1.0] * 4, dtype=np.float32), 0, on_policy=True)
+    metrics = ppo.update(rollouts, np.array([1.0, -1.0] * 4, dtype=np.float32), 0, on_policy=True)
+    assert (metrics["value_loss"] > 0) == (estimator == "gae")
     with torch.no_grad():
         after = ppo.policy(arms).logprobs[:, 0]
     assert after[0] > before[0] + 0.01

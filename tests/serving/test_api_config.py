@@ -21,6 +21,15 @@ def test_a_training_runs_file_is_served_for_its_reward() -> None:
     assert config.limits == ApiConfig().limits
 
 
+def test_a_training_runs_file_takes_the_services_settings_and_keeps_its_own_of_ray(
+    refused_line: Callable[..., str],
+) -> None:
+    file = ROOT / "configs" / "laptop.yaml"
+    config = load_api_config(file, ["http.port=9000", "limits.texts=3", "ray.num_cpus=3"])
+    assert (config.http.port, config.limits.texts, config.ray.num_cpus) == (9000, 3, 3)
+    assert "did you mean 'policy'" in refused_line("serve", str(file), "polici.model=x")
+
+
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
     assert ApiConfig().http.host == "127.0.0.1"
     assert load_api_config(None, ["http.host=0.0.0.0"]).http.host == "0.0.0.0"
