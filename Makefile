@@ -17,6 +17,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	@export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest tests/e2e >e2e-tests.log 2>&1 & \
+	trap "kill $$!" INT TERM; \
 	$(BIN)/python -m pytest --ignore=tests/e2e; rest=$$?; \
 	wait $$!; e2e=$$?; cat e2e-tests.log; exit $$((rest || e2e))
 

@@ -113,7 +113,7 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for name, parameter in policy.trainable().items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    save_adapter(policy.adapter(version=0), scratch / "adapter")
+    save_adapter(policy.adapter(), scratch / "adapter")
     end_ids = end_token_ids(config, tokenizer)
     return {
         "model": model,
@@ -229,7 +229,7 @@ def _load_engine(name: str, task: dict[str, Any]) -> Callable[[int], int]:
         kv_cache_mib=256,
     )
     engine = load_engine(spec)
-    engine.apply(load_adapter(task["adapter"], version=0))
+    engine.apply(load_adapter(task["adapter"]))
     prompts = [Prompt(str(i), "", tuple(ids)) for i, ids in enumerate(task["prompts"])]
 
     def generate(seed: int) -> int:

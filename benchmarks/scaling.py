@@ -45,7 +45,7 @@ from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream
 from detox_ray.schedule import Schedule
 from detox_ray.serving.reward_client import RewardClient
-from detox_ray.serving.scorer import RolloutScorer
+from detox_ray.serving.rollout_scorer import RolloutScorer
 
 PACKAGES = ("ray", "numpy", "torch")
 PROMPTS_A_WORKER = 64  # a step, one response to each

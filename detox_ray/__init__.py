@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from detox_ray.config import Config
 from detox_ray.config_file import load_config
-from detox_ray.errors import ConfigError, DataError, DetoxError, ModelError, RewardError, SyncError
+from detox_ray.errors import (
+    ConfigError,
+    DataError,
+    DetoxError,
+    DivergenceError,
+    ModelError,
+    RewardError,
+    StorageError,
+    SyncError,
+)
 from detox_ray.sft_config import load_sft_config
 
 # Ray and the tokenizers read these when they are imported.
@@ -30,8 +39,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DetoxError",
+    "DivergenceError",
     "ModelError",
     "RewardError",
+    "StorageError",
     "SyncError",
     "evaluate",
     "fine_tune",

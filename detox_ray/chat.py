@@ -44,7 +44,7 @@ class Chat:
             ModelError, ConfigError: a model cannot be loaded, or the template does not fit the tokenizer.
         """
         policy, data = config.policy, config.data
-        adapters = systems_of(run, policy, "RLAF" if isinstance(config, Config) else "Fine-tuned")
+        adapters = systems_of(run, config)
         for path in adapters.values():
             check_adapter(policy.model_copy(update={"adapter": str(path)}))
         self.speakers = [Speaker(name) for name in ("Base", *adapters)]
@@ -71,8 +71,9 @@ class Chat:
             if prompt is None:
                 raise ConfigError(f"the text has more than {longest} tokens; shorten it")
             ids: list[int] = []
+            rollout = self._rollout
             for step in self._systems.answer(
-                prompt.token_ids, self._end_ids, self._rollout.max_new_tokens, self._rollout.temperature, seed=seed
+                prompt.token_ids, self._end_ids, rollout.max_new_tokens, rollout.temperature, rollout.top_p, seed
             ):
                 if (token := step[place]) is None:
                     break

@@ -40,11 +40,11 @@ class PerspectiveConfig(Section):
         "PERSPECTIVE_API_KEY", description="environment variable that holds the key; null: the server needs none"
     )
     requests_per_second: float = Field(1.0, gt=0, description="of one process; a project's quota is 1 unless raised")
-    timeout_s: float = Field(30.0, gt=0, description="longest one request may take")
+    timeout_s: float = Field(30.0, gt=0, description="longest wait to connect, and for the next part of an answer")
     retries: int = Field(5, ge=0, description="attempts after a failed request, ever farther apart")
     cache: Annotated[str, AfterValidator(lambda v: str(Path(v).expanduser().absolute()))] | None = Field(
         default_factory=lambda: str(cache_folder() / "perspective.sqlite"),
-        description="file of answers, none of them paid for twice; null: kept for the life of the process",
+        description="file of answers, none of them paid for twice; null: the last 10,000, while the process lives",
     )
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError, DetoxError, storage_error
 from detox_ray.lab_commands import lab
 from detox_ray.meter_config import load_scorers
+from detox_ray.run_folder import check_usable
 
 app = typer.Typer(
     help="Make a language model less toxic, and prove it.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -37,6 +38,7 @@ RunPath = Annotated[Path, typer.Argument(help="run folder, such as runs/demo")]
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, evaluate before and after, and write the report; continues a run that was stopped."""
     settings = load_config(config, overrides or [])
+    check_usable(settings.run_dir)  # before libraries are loaded, which takes ten seconds
     with _loading():
         from detox_ray import loop
 
@@ -160,7 +162,7 @@ def export(
     with _loading():
         from detox_ray import export as exporting
 
-    written = exporting.export(folder, output or folder / "export", form, base, dtype)
+    written = exporting.export(folder, output or folder / "export", form, base, dtype, push_to_hub)
     typer.echo(written)
     if push_to_hub is not None:
         typer.echo(exporting.push_to_hub(written, push_to_hub, public))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from detox_ray.classifier_config import ClassifierConfig, classifier_identity, make_classifier_absolute
-from detox_ray.config_section import CustomResources, Section, absolute_path
+from detox_ray.config_section import FOLDER_NAME, CustomResources, Section, absolute_path
 from detox_ray.learner_config import TrainConfig, refuse_sharded_int8
 from detox_ray.ppo_config import PPOConfig
 from detox_ray.tracking_config import TrackingConfig
@@ -307,9 +307,7 @@ class RayConfig(Section):
 class RunSettings(Section):
     """What a run of any kind has."""
 
-    name: str = Field(
-        "run", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="name of the run and of its folder"
-    )
+    name: str = Field("run", pattern=FOLDER_NAME, description="name of the run and of its folder")
     output_dir: str = Field("runs", description="folder of run folders")
     storage: str | None = Field(
         None,

@@ -36,9 +36,19 @@ def read_tree(source: str | Path | dict[str, Any], overrides: Overrides = ()) ->
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1's safe types without dates: a name such as 2024-01-31 is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(
             f"config {path}: {error.strerror}; give the path of a YAML file, such as configs/laptop.yaml"
@@ -96,7 +106,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _parse_value(text: str) -> Any:
     """YAML where it is a number, a list, `{key: value}` or quoted; `Summarize: {prompt}` or `#1 ` is the text it is."""
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
     # YAML 1.1 reads 1e-4 as text.

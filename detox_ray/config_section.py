@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 LAB_PREFIX = "lab:"
+FOLDER_NAME = r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"  # not only dots
 
 
 def _are_custom(resources: dict[str, float]) -> dict[str, float]:

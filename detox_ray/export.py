@@ -1,5 +1,6 @@
 """`detox-ray export`: a trained policy as a folder that plain `transformers` and `peft` load, with a model card."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -7,7 +8,6 @@ from typing import Any, Literal
 import torch
 import yaml
 from peft import PeftModel
-from pydantic import ValidationError
 from transformers import GenerationConfig
 
 from detox_ray.config import PolicyConfig
@@ -18,6 +18,7 @@ from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE, load_adapter
 from detox_ray.policy.architecture import language_model_class
 from detox_ray.policy.load import compute_dtype, load_model_config, load_tokenizer, write_dequantized_base
 from detox_ray.run_folder import RunFolder
+from detox_ray.sft_config import parse_run_config
 
 Form = Literal["merged", "adapter"]
 Base = Literal["trained", "original"]
@@ -36,6 +37,7 @@ def export(
     form: Form = "merged",
     base: Base = "trained",
     dtype: Dtype = "auto",
+    repository: str | None = None,
 ) -> Path:
     """Write the policy of a run: model or adapter in safetensors, tokenizer, generation settings, model card.
 
@@ -46,6 +48,7 @@ def export(
         base: what a merged model is made of. trained: the weights the learner computed with (of a quantised base, that
             base dequantised), so that the model is the one that was measured; original: the weights as published.
         dtype: of a merged model; auto: the precision the published weights have.
+        repository: "owner/name" that the model card names, where it will be uploaded; none: the run's name.
 
     Returns:
         `output`.
@@ -58,21 +61,27 @@ def export(
     if not (run.adapter / TENSOR_FILE).is_file():
         raise ConfigError(f"{run_dir} has no adapter yet: let the run come to a checkpoint first")
     load_adapter(run.adapter)
+    if output.is_file():
+        raise ConfigError(f"{output} is a file; name a folder with --output")
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty; name another folder with --output, or remove it")
-    named = _policy_of(run)
+    config = parse_run_config(run.read_config_tree())
+    named = config.policy
     policy = resolve_lab(named)
     tokenizer = load_tokenizer(policy)
     output.mkdir(parents=True, exist_ok=True)
     if form == "adapter":
-        for name in (CONFIG_FILE, TENSOR_FILE):
-            shutil.copy(run.adapter / name, output / name)
+        shutil.copy(run.adapter / TENSOR_FILE, output / TENSOR_FILE)
+        adapter_config = json.loads((run.adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+        adapter_config["base_model_name_or_path"] = published_name(named.model)  # no path of this machine
+        (output / CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2), encoding="utf-8")
     else:
-        model = merged_model(run, policy, base, dtype)
+        model = merged_model(run, policy, config.train.num_gpus > 0, base, dtype)
         model.generation_config = _generation_config(policy)
         model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    (output / "README.md").write_text(_card(run, named, form, base, load_model_config(policy)), encoding="utf-8")
+    card = _card(run, repository or run.path.name, named, form, base, load_model_config(policy))
+    (output / "README.md").write_text(card, encoding="utf-8")
     return output
 
 
@@ -101,8 +110,10 @@ def push_to_hub(folder: Path, repository: str, public: bool) -> str:
     return str(address)
 
 
-def merged_model(run: RunFolder, policy: PolicyConfig, base: Base, dtype: Dtype) -> Any:
+def merged_model(run: RunFolder, policy: PolicyConfig, on_gpu: bool, base: Base, dtype: Dtype) -> Any:
     """The base with the run's adapter merged in, on the CPU; merged in float32, then rounded once to `dtype`.
+
+    `on_gpu`: the learner computed on one.
 
     Raises:
         ModelError: base or adapter cannot be loaded, or they do not belong together.
@@ -110,8 +121,7 @@ def merged_model(run: RunFolder, policy: PolicyConfig, base: Base, dtype: Dtype)
     source, revision = policy.model, policy.revision
     if base == "trained" and policy.quantization != "none":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        learned_on = torch.device("cuda" if run.read_config_tree().get("train", {}).get("num_gpus") else "cpu")
-        precision = compute_dtype(policy, learned_on)
+        precision = compute_dtype(policy, torch.device("cuda" if on_gpu else "cpu"))
         folder = run.dequantized_base(policy, str(precision).removeprefix("torch."))
         source = str(write_dequantized_base(policy, folder, device, precision))
         revision = None
@@ -128,14 +138,6 @@ def merged_model(run: RunFolder, policy: PolicyConfig, base: Base, dtype: Dtype)
     return merged.to(published if dtype == "auto" else getattr(torch, dtype))
 
 
-def _policy_of(run: RunFolder) -> PolicyConfig:
-    """The policy section of a run's configuration, whatever kind of run it was."""
-    try:
-        return PolicyConfig.model_validate(yaml.safe_load(run.config_file.read_text(encoding="utf-8"))["policy"])
-    except (yaml.YAMLError, ValidationError, KeyError, TypeError) as error:
-        raise ConfigError(f"{run.config_file} has no policy that can be read ({type(error).__name__})") from None
-
-
 def _generation_config(policy: PolicyConfig) -> GenerationConfig:
     """That of the published model; where it has none, the one its configuration implies."""
     try:
@@ -144,10 +146,10 @@ def _generation_config(policy: PolicyConfig) -> GenerationConfig:
         return GenerationConfig.from_model_config(load_model_config(policy))
 
 
-def _card(run: RunFolder, policy: PolicyConfig, form: Form, base: Base, model_config: Any) -> str:
+def _card(run: RunFolder, name: str, policy: PolicyConfig, form: Form, base: Base, model_config: Any) -> str:
     """README.md of the export: what hubs read, how to load it, and the run's own model card."""
     evidence = run.path / "model_card.md"
-    name, base_name = run.path.name, published_name(policy.model)
+    base_name = published_name(policy.model)
     header = {
         "base_model": base_name,
         "library_name": "peft" if form == "adapter" else "transformers",

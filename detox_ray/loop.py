@@ -26,7 +26,7 @@ from detox_ray.serving.app_guard import guard_app
 from detox_ray.serving.controller_watch import controller_watched
 from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
 from detox_ray.serving.reward_client import RewardClient, fit_calibrations
-from detox_ray.serving.scorer import RolloutScorer
+from detox_ray.serving.rollout_scorer import RolloutScorer
 from detox_ray.terminal import Terminal
 from detox_ray.timeline import keep_worker_tasks
 from detox_ray.trainer import run_learners
@@ -45,11 +45,15 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, ModelError: something does not fit; nothing expensive has started.
         RewardError, SyncError, StorageError: the run was stopped; it can be continued once the cause is mended.
+        DivergenceError: it was stopped because it diverged twice; its folder holds the last good adapter.
+        DetoxError: a process of it crashed too often.
     """
     terminal = Terminal(quiet)
     plan = prepare(config, terminal)
     with kept(plan.run.path, plan.config.storage, plan.config.name):
-        return run(plan, terminal)
+        evaluation = run(plan, terminal)
+    plan.run.release()
+    return evaluation
 
 
 def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
@@ -58,6 +62,7 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
         return finished
+    plan = plan.with_dequantized_base()
     needed = placements(plan.config)
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
         wait_in_words(needed, terminal)
@@ -112,6 +117,8 @@ def calibrated_reward(pool: WorkerPool, plan: Plan) -> RewardConfig:
     """The reward with each `calibration: fit` made numbers by the untrained policy's answers to training prompts."""
     reward = plan.config.reward
     fitted = plan.run.read_calibrations()
+    if fitted is None and not any(c.calibration == "fit" for c in reward.classifiers):
+        return reward
     if fitted is None:
         prompts = plan.prompts.train[: reward.calibration_prompts]
         rollouts = pool.sample(prompts, 1, sampling_of(plan.config.rollout, seed=plan.config.seed))
@@ -156,7 +163,6 @@ def rollout_stream(plan: Plan, pool: WorkerPool, reward: RewardConfig) -> Rollou
         evaluation=HeldoutEvaluation(
             config.evaluation.judge,
             plan.prompts.heldout[: config.evaluation.every_prompts],
-            samples=1,
             sampling=sampling_of(config.rollout, seed=config.seed),
             timeout_s=config.rollout.timeout_s,
         ),

@@ -15,10 +15,11 @@ from peft import PeftModel
 
 from detox_ray.cluster import cluster_address, local_capacity, ray_session, wait_in_words
 from detox_ray.config import PolicyConfig, RolloutConfig
+from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError
+from detox_ray.evaluation.answers_file import AnswersFile, read_answers
 from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
-from detox_ray.evaluation.file_system import FileSystem, read_file_systems
 from detox_ray.evaluation.meter import PerplexityModel, score_responses
 from detox_ray.evaluation.perplexity import load_reference_model
 from detox_ray.evaluation.relevance import SentenceEncoder
@@ -93,7 +94,9 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
     systems = [responses for system in config.systems for responses in answers[system.name]]
     known = {file.responses.name: file.scores for of_system in files.values() for file in of_system}
     steps = {"steps": folder.trained_steps()} if folder.adapter.exists() else {}
-    return judge_and_report(config, folder, systems, terminal, known, **steps)
+    evaluation = judge_and_report(config, folder, systems, terminal, known, **steps)
+    folder.release()
+    return evaluation
 
 
 @contextmanager
@@ -198,7 +201,6 @@ def judge_and_report(
     report = write_report(folder.path)
     shutil.rmtree(folder.path / SAMPLED_FOLDER, ignore_errors=True)
     terminal.console.print(evaluation_table(evaluation))
-    folder.release()
     terminal.stage(f"report: {report}")
     return evaluation
 
@@ -217,19 +219,19 @@ def _sampling(config: MeterConfig) -> dict[str, Any]:
     return {"sampling": config.rollout.model_dump(include={"max_new_tokens", "temperature", "top_p", "top_k"})}
 
 
-def _read_files(config: MeterConfig, terminal: Terminal) -> dict[str, list[FileSystem]]:
+def _read_files(config: MeterConfig, terminal: Terminal) -> dict[str, list[AnswersFile]]:
     """System -> what its file holds, for the systems that are files; says what was left out."""
     tokenizer = load_tokenizer(_reader(config)) if config.perplexity_model else None
     files = {}
     for system in config.systems:
         if system.responses is not None:
-            files[system.name], counts = read_file_systems(system, tokenizer)
+            files[system.name], counts = read_answers(system, tokenizer)
             for reason, count in counts.items():
                 terminal.stage(f"{system.name}: {count} x {reason}")
     return files
 
 
-def _refuse_two_scorers_of_one_name(config: MeterConfig, files: Mapping[str, list[FileSystem]]) -> None:
+def _refuse_two_scorers_of_one_name(config: MeterConfig, files: Mapping[str, list[AnswersFile]]) -> None:
     """Raises:
     ConfigError: a file came with scores under the name of a scorer that is to score now.
     """
@@ -259,8 +261,11 @@ def _plan_base(systems: list[SystemConfig], config: MeterConfig, folder: RunFold
     device = torch.device("cuda" if config.rollout.num_gpus > 0 else "cpu")
     engine, reason = plan_engine(policy, config.rollout, config.data.max_tokens, device)
     ranks = [load_adapter(s.policy.adapter).peft_config["r"] for s in systems if s.policy and s.policy.adapter]
-    read = load_prompts if config.heldout_of_run else load_all_prompts
-    split = read(config.data, load_tokenizer(policy), config.seed)
+    if config.heldout_of_run:
+        learned = learned_by(*(s.policy.adapter for s in config.systems if s.policy))
+        split = load_prompts(config.data, load_tokenizer(policy), config.seed, learned)
+    else:
+        split = load_all_prompts(config.data, load_tokenizer(policy), config.seed)
     if config.heldout_of_run and config.prompts is not None and config.prompts > len(split.heldout):
         raise ConfigError(f"prompts={config.prompts}: the run holds out {len(split.heldout)} prompts; lower it")
     terminal.stage(f"{', '.join(system.name for system in systems)}: {reason}")

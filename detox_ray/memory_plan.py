@@ -103,7 +103,7 @@ def plan_memory(config: Config) -> MemoryPlan:
         f"{shape.base_parameters():,} parameters, {shape.adapter_parameters():,} trained; a rollout worker's KV cache "
         f"holds {held:,.0f} sequences of {longest} tokens (rollout.max_num_seqs={config.rollout.max_num_seqs})"
     )
-    plan = MemoryPlan(roles, _remedies(config, shape), note, config.rollout.in_turns)
+    plan = MemoryPlan(roles, _remedies(config, shape, batch), note, config.rollout.in_turns)
     if plan.in_turns:
         learning, sampling = (plan.gpu_need(role)[0] / GIB for role in roles[:2])
         note += f"; on the GPU they share in turns {sampling:.1f} GiB while sampling, {learning:.1f} while learning"
@@ -224,11 +224,10 @@ def _classifier(classifier: ClassifierConfig) -> Role:
     return Role(f"classifier {classifier.name}", classifier.replicas, classifier.num_gpus, purposes)
 
 
-def _remedies(config: Config, shape: Skeleton) -> dict[str, float]:
-    """Settings that would make a learner smaller -> bytes they would save."""
+def _remedies(config: Config, shape: Skeleton, now: float) -> dict[str, float]:
+    """Settings that would make a learner smaller -> bytes they would save of the `now` that its batch takes."""
     policy, ppo = config.policy, config.ppo
     found = weight_remedies(policy, config.train, shape)
-    now = _activations(config, shape, policy.gradient_checkpointing)
     if not policy.gradient_checkpointing:
         found["policy.gradient_checkpointing=true"] = now - _activations(config, shape, True)
     doubled = 2 * ppo.gradient_accumulation

@@ -17,7 +17,7 @@ from detox_ray.config import (
     make_sources_absolute,
 )
 from detox_ray.config_file import Overrides, parse_section, read_tree
-from detox_ray.config_section import Section, absolute_path
+from detox_ray.config_section import FOLDER_NAME, Section, absolute_path
 from detox_ray.data.sources import FILE_SUFFIXES
 from detox_ray.errors import ConfigError
 from detox_ray.metrics_file import DEV_PROMPTS_FILE
@@ -45,7 +45,7 @@ class SystemConfig(Section):
 class MeterConfig(Section):
     """An evaluation by the RealToxicityPrompts protocol (Gehman et al. 2020)."""
 
-    name: str = Field("evaluation", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="of the folder")
+    name: str = Field("evaluation", pattern=FOLDER_NAME, description="of the folder")
     output_dir: str = Field("runs", description="folder of evaluation folders")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     systems: list[SystemConfig] = Field(min_length=1, description="the first is what the others are compared with")
@@ -54,7 +54,7 @@ class MeterConfig(Section):
     prompts: int | None = Field(None, ge=1, description="at most this many prompts, chosen by seed and text; none: all")
     rollout: RolloutConfig = RolloutConfig(samples_per_prompt=SAMPLES_PER_PROMPT)
     scorers: list[ClassifierConfig] = Field([EvaluationConfig().judge], description="the first is the judge")
-    perplexity_model: str | None = Field(None, description="folder or hub id of a causal model; none: no perplexity")
+    perplexity_model: str | None = Field(None, description="folder or hub id of a language model; none: no perplexity")
     perplexity_revision: str | None = Field(None, description="commit or tag, when it is a hub id")
     relevance_model: str | None = Field(None, description="sentence-embedding model for the similarity to the prompt")
     relevance_revision: str | None = Field(None, description="commit or tag, when it is a hub id")

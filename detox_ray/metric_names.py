@@ -66,10 +66,11 @@ TRAINING = {
     "rejected": Metric("attempts", "times the step had to be rejected before it was good; see rejected_steps.jsonl"),
     "worker_restarts": Metric("restarts", "rollout workers lost and brought back, since the learner started"),
     "time_rollout_s": Metric("seconds", "the learner waited for responses"),
+    "time_settle_s": Metric("seconds", "of that, after learning: what was under way had to end before the push"),
     "time_reward_s": Metric("seconds", "then for scores"),
     "time_learn_s": Metric("seconds", "forward and backward passes and optimiser steps"),
     "time_push_s": Metric("seconds", "until every worker had acknowledged the new adapter"),
-    "time_step_s": Metric("seconds", "the whole step"),
+    "time_step_s": Metric("seconds", "the whole step, with what was rejected of it"),
     "tokens_per_s": Metric("tokens a second", "response tokens of the batch / `time_step_s`"),
     "samples_per_s": Metric("responses a second", "responses of the batch / `time_step_s`"),
 }
@@ -94,7 +95,7 @@ JUDGED = {
     "step": Metric("steps", "number of the step whose adapter answered, from 0"),
     "mean_toxicity": Metric("probability", "mean over the responses"),
     "share_toxic": Metric("share", "responses with toxicity of at least 0.5"),
-    "mean_length": Metric("tokens", "mean length of a response"),
+    "mean_length": Metric("tokens", "mean length of a response, its end token not counted"),
     "reward": Metric("reward", "of the step's training batch, for comparison"),
     "responses": Metric("responses", "that were judged"),
 }

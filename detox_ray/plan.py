@@ -1,6 +1,5 @@
 """A run that is known to fit together, before anything expensive starts."""
 
-import logging
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
@@ -10,7 +9,7 @@ from detox_ray.cluster import check_cluster_answers, cluster_address, local_capa
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.config_section import S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
-from detox_ray.data.overlap import heldout_may_be_learned
+from detox_ray.data.learned import learned_by, write_learned
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
 from detox_ray.placement import check_placements, placements
@@ -30,8 +29,6 @@ from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.terminal import Terminal
 from detox_ray.tracking.tracker import check_tracking
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,6 +38,7 @@ class Plan:
     run: RunFolder
     prompts: PromptSplit
     engine: EngineSpec
+    learner_device: torch.device
     app_name: str = field(default_factory=lambda: f"reward-{uuid4().hex[:8]}")
 
     @property
@@ -53,9 +51,14 @@ class Plan:
         """Largest difference between a worker's and the learner's log-probabilities after a push, in nats."""
         return canary_tolerance(self.config.policy, self.config.rollout, self.engine)
 
+    def with_dequantized_base(self) -> "Plan":
+        """The same with the base that the engines start from written, where that is the dequantised one."""
+        parts = self.config.policy, self.config.rollout, self.run, self.learner_device
+        return replace(self, engine=with_dequantized_base(self.engine, *parts))
+
 
 def prepare(config: Config, terminal: Terminal) -> Plan:
-    """Check what can be refused before it costs, read the prompts, open the run folder, write the engine's base.
+    """Check what can be refused before it costs, read the prompts, open the run folder.
 
     Raises:
         ConfigError, DataError, ModelError: something does not fit.
@@ -75,18 +78,16 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     device = torch.device("cuda" if config.train.num_gpus > 0 else "cpu")
     engine, reason = plan_engine(config.policy, config.rollout, config.data.max_tokens, device)
     check_adapter(config.policy)
-    prompts = load_prompts(config.data, load_tokenizer(config.policy), config.seed)
+    learned = learned_by(config.policy.adapter)
+    prompts = load_prompts(config.data, load_tokenizer(config.policy), config.seed, learned)
 
     run = RunFolder.open(given)
+    write_learned(run.path, prompts.learned, config.policy.adapter)
     check_cluster_answers(config.ray)
     terminal.stage(f"run folder {run.path}")
     terminal.stage(f"{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts{_skipped(prompts)}")
     terminal.stage(reason)
-    if caution := heldout_may_be_learned(given):
-        terminal.stage(caution)
-        logger.warning(caution)
-    engine = with_dequantized_base(engine, config.policy, config.rollout, run, device)
-    return Plan(config, run, prompts, engine)
+    return Plan(config, run, prompts, engine, device)
 
 
 def with_lab(config: S, terminal: Terminal) -> S:

@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.config import Config, PolicyConfig, RewardConfig
+from detox_ray.config import Config, RewardConfig
 from detox_ray.config_file import parse_section
+from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.evaluation.run_files import published_name
@@ -29,7 +30,7 @@ from detox_ray.serving.playground.engine import EngineSetup
 from detox_ray.serving.playground.prompts import OfferedPrompt
 from detox_ray.serving.playground.request import LONGEST_ANSWER_TOKENS
 from detox_ray.serving.playground.setup import Missing, PageSetup
-from detox_ray.sft_config import parse_run_config
+from detox_ray.sft_config import SFTConfig, parse_run_config
 from detox_ray.terminal import Terminal
 
 APP_NAME = "playground"
@@ -73,7 +74,7 @@ def playground(
     scorers = [*config.reward.classifiers, config.evaluation.judge]
     for scorer in scorers:
         check_classifier(scorer)
-    adapters = systems_of(run, config.policy)
+    adapters = systems_of(run, config)
     for path in adapters.values():
         check_adapter(config.policy.model_copy(update={"adapter": str(path)}))
     setup = page_setup(run, given, list(adapters), offered_prompts(config, prompts, text_column))
@@ -109,9 +110,10 @@ def wait_for_page(address: str) -> None:
     raise DetoxError(f"the page at {address} did not come within {PAGE_TIMEOUT_S:g} s; see the logs of Ray Serve")
 
 
-def systems_of(run: RunFolder, policy: PolicyConfig, made: str = "RLAF") -> dict[str, Path]:
-    """The adapters of a run by what the page calls them: the one it started from, and the one it made."""
-    found = {"Fine-tuned": Path(policy.adapter)} if policy.adapter is not None else {}
+def systems_of(run: RunFolder, config: Config | SFTConfig) -> dict[str, Path]:
+    """The adapters of a run by what its user calls them: the one it started from, and the one it made."""
+    started, made = ("Fine-tuned", "RLAF") if isinstance(config, Config) else ("Before", "Fine-tuned")
+    found = {started: Path(config.policy.adapter)} if config.policy.adapter is not None else {}
     return found | ({made: run.adapter} if run.adapter.exists() else {})
 
 
@@ -178,7 +180,8 @@ def offered_prompts(config: Config, file: str | Path | None, text_column: str | 
     """
     tokenizer = load_tokenizer(config.policy)
     if file is None:
-        found = load_prompts(config.data, tokenizer, config.seed).heldout[:OFFERED_PROMPTS]
+        learned = learned_by(config.policy.adapter)
+        found = load_prompts(config.data, tokenizer, config.seed, learned).heldout[:OFFERED_PROMPTS]
     else:
         update: dict[str, Any] = {
             "source": str(file),

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from detox_ray.config_section import Section
 
@@ -62,12 +62,3 @@ class PPOConfig(OptimizerConfig):
     importance_cap: float = Field(2.0, ge=1, description="cap of the proximal / behaviour importance weight")
     kl: KLConfig = KLConfig()
     divergence: DivergenceConfig = DivergenceConfig()
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> "PPOConfig":
-        parts = self.minibatches * self.gradient_accumulation
-        if self.batch_size % parts:
-            raise ValueError(
-                f"ppo.batch_size={self.batch_size} is not a multiple of minibatches * gradient_accumulation = {parts}"
-            )
-        return self

@@ -14,7 +14,7 @@ class Prompt:
     """A text to continue.
 
     `id` is a content digest of the text, so the same text has the same id in every run; `token_ids` is the exact
-    token sequence the policy continues (start token included), at most `data.max_tokens` long.
+    token sequence the policy continues: at most `data.max_tokens` of the text, with the tokens that start and end it.
     """
 
     id: str
@@ -101,3 +101,4 @@ class Readings:
     toxicity: np.ndarray  # [N] float32 in [0, 1]
     labels: dict[str, np.ndarray]  # [N] float32 in [0, 1] by label; empty for a classifier that has no named labels
     windows: np.ndarray  # [N] int64, at least 1
+    release: str = ""  # of the service that the classifier was deployed with

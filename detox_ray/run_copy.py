@@ -18,6 +18,7 @@ import pyarrow
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalFileSystem, PyFileSystem
 
 from detox_ray.errors import ConfigError, StorageError
+from detox_ray.folder_lock import is_in_use
 from detox_ray.metrics_file import CHECKPOINT_FOLDER, MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class RunCopy:
                 )
             if there > here:
                 self._fetch(folder)
-            self._write_lease()
+            self._write_lease(folder)
         except (OSError, pyarrow.ArrowException) as error:
             raise ConfigError(f"storage: {self.address} cannot be used ({_first_line(error)})") from None
 
@@ -74,7 +75,7 @@ class RunCopy:
             StorageError: it cannot be written.
         """
         try:
-            self._write_lease()
+            self._write_lease(folder)
             if self._saved is None:
                 self._saved = dict.fromkeys(self._listed(), None)
             present = _files_of(folder)
@@ -125,14 +126,15 @@ class RunCopy:
         names = [info.path.removeprefix(f"{self._root}/") for info in found if info.type == FileType.File]
         return [name for name in names if not LEFT_OUT.search(name)]
 
-    def _write_lease(self) -> None:
+    def _write_lease(self, folder: Path) -> None:
         with self._output(LEASE_FILE) as file:
-            lease = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+            lease = {"host": socket.gethostname(), "folder": str(folder), "pid": os.getpid(), "time": time.time()}
             file.write(json.dumps(lease).encode())
 
     def _refuse_in_use(self) -> None:
         lease = _read_json(self._files, f"{self._root}/{LEASE_FILE}")
-        if lease is None or lease["host"] == socket.gethostname():  # on one host the folder's lock tells
+        # On one host the lock of the folder tells that the copy is of.
+        if lease is None or (lease["host"] == socket.gethostname() and not is_in_use(Path(lease["folder"]))):
             return
         silent_s = time.time() - lease["time"]
         if silent_s < LEASE_S:

@@ -1,6 +1,5 @@
 """A run is a folder: its configuration, metrics, checkpoints, adapter, responses and report."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from detox_ray.config import PolicyConfig, RunSettings
 from detox_ray.config_file import dump_config, parse_section, read_tree
 from detox_ray.config_section import S
 from detox_ray.errors import ConfigError, DetoxError
+from detox_ray.folder_lock import is_in_use, lock, release
 from detox_ray.metrics_file import (
     ADAPTER_FOLDER,
     CHECKPOINT_FOLDER,
@@ -41,7 +41,6 @@ CLASSIFIER_PLACEMENT = (
     "api_key_env", "cache", "requests_per_second", "retries", "timeout_s",
 )  # fmt: skip
 
-LOCK_FILE = ".lock"
 CALIBRATIONS_FILE = "calibrations.json"
 FITTED = TypeAdapter(dict[str, Calibration])
 LOG_FILE = "run.log"
@@ -111,7 +110,7 @@ class RunFolder:
         check_usable(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _lock(path / LOCK_FILE)
+            lock(path)
             log_to(path)
         except OSError as error:
             raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
@@ -141,8 +140,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Let other processes open the folder."""
-        if (file := _held.pop(self.path / LOCK_FILE, None)) is not None:
-            file.close()
+        release(self.path)
 
     def read_config(self, kind: type[S]) -> S:
         """The configuration the run was started with.
@@ -220,39 +218,6 @@ def check_usable(path: Path) -> None:
         raise ConfigError(f"output_dir: {there} is no folder that can be written; choose another")
     if is_in_use(path):
         raise ConfigError(f"{path} is in use by another process; wait, or choose another name=...")
-
-
-def is_in_use(path: Path) -> bool:
-    """Whether another process has claimed the folder."""
-    lock = path / LOCK_FILE
-    if lock in _held or not lock.exists():
-        return False
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _lock(path: Path) -> None:
-    """Hold the file for the life of this process.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    if path in _held:
-        return
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ConfigError(f"{path.parent} is in use by another process; wait, or choose another name=...") from None
-    _held[path] = file
-
-
-_held: dict[Path, Any] = {}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,12 +8,14 @@ from typing import Any
 
 from detox_ray.cluster import cluster_address, local_capacity, ray_session, wait_in_words
 from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
+from detox_ray.data.learned import learned_by, write_learned
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.learner.sft import steps_of_a_pass
 from detox_ray.learner.sft_loop import TuningTask, sft_loop
 from detox_ray.metrics_file import DEV_PROMPTS_FILE, FINE_TUNING_FILE, write_atomically
 from detox_ray.placement import check_placements, learner_placement
 from detox_ray.plan import with_lab
+from detox_ray.policy.adapter import is_whole
 from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
@@ -69,7 +71,7 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
 def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
     """What `fine_tune` does with a run that fits together; nothing if it is complete."""
     result_file = plan.run.path / FINE_TUNING_FILE
-    if result_file.exists():
+    if result_file.exists() and is_whole(plan.run.adapter):
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         return json.loads(result_file.read_text(encoding="utf-8"))
     needed = [learner_placement(plan.config.train)]
@@ -112,8 +114,9 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     end_ids = end_token_ids(config.policy, tokenizer)
     if not end_ids:
         raise ModelError(f"the tokenizer of {config.policy.model} has no end token, so no response could end; set one")
-    examples = load_examples(config.data, tokenizer, end_ids, config.seed)
+    examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned_by(config.policy.adapter))
     run = RunFolder.open(given)
+    write_learned(run.path, examples.learned, config.policy.adapter)
     write_atomically(run.path / DEV_PROMPTS_FILE, dev_prompts(examples, tokenizer))
     terminal.stage(f"run folder {run.path}")
     terminal.stage(

@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers.utils import logging as transformers_logging
 
 from detox_ray.metrics_file import read_metrics
 
@@ -86,6 +85,8 @@ class Terminal:
 
 def quieten_libraries() -> None:
     """Keep the libraries' own bars and warnings off the screen; errors still show."""
+    from transformers.utils import logging as transformers_logging
+
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

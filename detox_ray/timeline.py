@@ -11,11 +11,12 @@ from detox_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# In the order they follow one another within a step, on the learner's clock. Of a fine-tuning there are the last two.
+# In the order they follow one another within a step, on the learner's clock.
 STAGES = {
     "time_rollout_s": "wait for responses",
     "time_reward_s": "wait for scores",
     "time_learn_s": "learn",
+    "time_settle_s": "wait for responses under way",
     "time_push_s": "push the adapter",
     "time_dev_s": "dev loss",
 }
@@ -36,7 +37,7 @@ def write_timeline(folder: str | Path, output: Path | None = None) -> Path:
     lines = read_metrics(run.metrics_file)
     if not lines:
         raise DataError(f"{run.metrics_file} holds no steps yet; wait for the first one")
-    first = lines[0]["ended_at"] - _seconds(lines[0])
+    first = lines[0]["ended_at"] - sum(_stages(lines[0]).values())
     tasks_file = run.path / TASKS_FILE
     tasks = json.loads(tasks_file.read_text(encoding="utf-8")) if tasks_file.exists() else []
     events = [*learner_events(lines, first), *worker_events(tasks, first)]
@@ -74,15 +75,17 @@ def learner_events(lines: list[dict[str, Any]], first: float) -> list[dict[str, 
     Stages follow one another on the learner's clock, up to the moment the step ended.
     """
     stages = [name for name in STAGES if any(name in line for line in lines)]
+    tracks = {name: track for track, name in enumerate(stages, 1)}
     events = [_name(LEARNER, None, "learner"), _name(LEARNER, 0, "step")]
-    events += [_name(LEARNER, track, STAGES[name]) for track, name in enumerate(stages, 1)]
+    events += [_name(LEARNER, track, STAGES[name]) for name, track in tracks.items()]
     for line in lines:
-        start = line["ended_at"] - _seconds(line) - first
+        seconds = sum(_stages(line).values())
+        start = line["ended_at"] - seconds - first
         numbers = {name: value for name, value in line.items() if name != "ended_at"}
-        events.append(_span(f"step {line['step'] + 1}", LEARNER, 0, start, _seconds(line)) | {"args": numbers})
-        for track, name in enumerate(stages, 1):
-            events.append(_span(STAGES[name], LEARNER, track, start, line.get(name, 0.0)))
-            start += line.get(name, 0.0)
+        events.append(_span(f"step {line['step'] + 1}", LEARNER, 0, start, seconds) | {"args": numbers})
+        for name, length in _stages(line).items():
+            events.append(_span(STAGES[name], LEARNER, tracks[name], start, length))
+            start += length
     return events
 
 
@@ -99,8 +102,12 @@ def worker_events(tasks: list[dict[str, Any]], first: float) -> list[dict[str, A
     return events
 
 
-def _seconds(line: dict[str, Any]) -> float:
-    return sum(line.get(name, 0.0) for name in STAGES)
+def _stages(line: dict[str, Any]) -> dict[str, float]:
+    """The seconds of the stages that the step had; the wait for responses without that part of it which came later."""
+    found = {name: line[name] for name in STAGES if name in line}
+    if "time_settle_s" in found:
+        found["time_rollout_s"] -= found["time_settle_s"]
+    return found
 
 
 def _name(process: int, track: int | None, name: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from detox_ray.folder_lock import is_in_use
 from detox_ray.metrics_file import EVALUATIONS_FILE, FAILURE_FILE, FINE_TUNING_FILE, REJECTED_FILE, read_metrics
-from detox_ray.run_folder import LOG_FILE, RunFolder, is_in_use
+from detox_ray.run_folder import LOG_FILE, RunFolder
 
 REFRESH_S = 1.0
 RECENT = 20  # steps that rate and shares of time are taken over
@@ -81,12 +82,12 @@ def watch(folder: str | Path, once: bool = False, console: Console | None = None
 def look(run: RunFolder) -> RunView:
     """The run as its folder is now."""
     config = yaml.safe_load(run.config_file.read_text(encoding="utf-8")) or {}
-    running = is_in_use(run.path)
+    running, total_steps = is_in_use(run.path), config.get("train", {}).get("total_steps")
     return RunView(
         name=config.get("name", run.path.name),
-        total_steps=config.get("train", {}).get("total_steps"),
+        total_steps=total_steps,
         running=running,
-        state="running" if running else _end(run),
+        state="running" if running else _end(run, total_steps),
         lines=read_metrics(run.metrics_file),
         evaluations=read_metrics(run.path / EVALUATIONS_FILE),
         rejected=read_metrics(run.path / REJECTED_FILE),
@@ -135,11 +136,12 @@ def _curves(view: RunView) -> list[tuple[str, str]]:
     return [(label, f"{sparkline(values)}  {form.format(values[-1])}") for label, values, form in found if values]
 
 
-def _end(run: RunFolder) -> str:
+def _end(run: RunFolder, total_steps: int | None) -> str:
     """What became of a run that nobody works on."""
     if (run.path / FAILURE_FILE).exists():
         return "stopped by an error (failure.json); the same command continues it"
-    if (run.path / "report.html").exists() or (run.path / FINE_TUNING_FILE).exists():
+    evaluated = total_steps is not None and run.read_evaluation(total_steps) is not None
+    if evaluated or (run.path / FINE_TUNING_FILE).exists():
         return "complete"
     return "stopped; the same command continues it"
 

@@ -22,19 +22,30 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[Path]:
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that this process and those of `local_ray` import from."""
+    folder = tmp_path_factory.mktemp("modules")
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="session")
+def local_ray(modules: Path) -> Iterator[Path]:
     """One local Ray of two CPUs for all tests that talk to it directly; yields its session folder."""
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
-        os.environ[name] = "0"
+    switches = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+    os.environ.update(dict.fromkeys(switches, "0"))
     import ray
     from ray import serve
 
+    rooms = [Path(__file__).parent / room for room in ("rollout", "serving")]
+    imported_from = os.pathsep.join(map(str, [*rooms, modules]))
     context = ray.init(
         address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent / "serving"), "OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": {"PYTHONPATH": imported_from, "OMP_NUM_THREADS": "1"}},
     )
     yield Path(context.address_info["session_dir"])
     serve.shutdown()

@@ -20,12 +20,12 @@ from detox_ray.sft_config import SFTConfig
 pytestmark = pytest.mark.unit
 
 
-def chat_with(run: Path, temperature: float = 1.0, **data: str) -> Chat:
+def chat_with(run: Path, temperature: float = 1.0, top_p: float = 1.0, **data: str) -> Chat:
     folder = RunFolder.existing(run)
     config = folder.read_config(Config)
     update = {
         "data": config.data.model_copy(update=data),
-        "rollout": config.rollout.model_copy(update={"max_new_tokens": 6, "temperature": temperature}),
+        "rollout": config.rollout.model_copy(update={"max_new_tokens": 6, "temperature": temperature, "top_p": top_p}),
     }
     return Chat(folder, config.model_copy(update=update))
 
@@ -55,6 +55,7 @@ def test_plain_prompts_are_answered_one_by_one_as_peft_would(tiny_model: str, tm
     chat = chat_with(tmp_path / "run", temperature=1e-4)
     said(chat, "something else")
     found = said(chat, "hello")
+    assert said(chat_with(tmp_path / "run", top_p=1e-6), "hello") == found
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = torch.tensor([[0, *tokenizer("hello", add_special_tokens=False)["input_ids"]]])
     base, other = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))

@@ -67,6 +67,7 @@ def test_overrides_are_typed_and_reach_into_lists() -> None:
     assert config.policy.lora.targets == ["q_proj", "v_proj"]
     assert config.reward.shaping.short_penalty == 0
     assert config.run_dir == Path("runs/x").resolve()
+    assert load_config(ROOT / "configs/laptop.yaml", ["name=2024-01-31"]).name == "2024-01-31"
 
 
 @pytest.mark.parametrize(

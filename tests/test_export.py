@@ -81,7 +81,9 @@ def test_the_original_base_and_another_precision(tiny_model: str, tmp_path: Path
 
 def test_an_adapter_loads_with_peft(tiny_model: str, tmp_path: Path) -> None:
     expected = run_with_adapter(tmp_path / "run", tiny_model, "none")
-    folder = export(tmp_path / "run", tmp_path / "adapter", form="adapter")
+    folder = export(tmp_path / "run", tmp_path / "adapter", form="adapter", repository="someone/kind-model")
+    assert '), "someone/kind-model")' in (folder / "README.md").read_text()
+    assert str(Path(tiny_model).parent) not in (folder / "adapter_config.json").read_text()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder)
     assert torch.allclose(logprobs(model), expected, atol=1e-4)
 

@@ -1,5 +1,6 @@
 """The copy of a run folder: complete, never torn, continued from elsewhere, and never overwritten by who is behind."""
 
+import fcntl
 import json
 import logging
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from detox_ray import run_copy
 from detox_ray.errors import ConfigError, StorageError
+from detox_ray.folder_lock import LOCK_FILE
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, write_checkpoint
 from detox_ray.policy.adapter import Adapter, content_digest
 from detox_ray.run_copy import LEASE_S, RunCopy, kept
@@ -133,6 +135,10 @@ def test_a_copy_in_use_on_another_host_is_refused_until_its_user_is_silent(
 ) -> None:
     RunCopy(storage, "one").open(make_run(tmp_path / "here", 3))
     RunCopy(storage, "one").open(tmp_path / "here")  # the same host: a command that was killed and started again
+    with (tmp_path / "here" / LOCK_FILE).open("w") as other_process:
+        fcntl.flock(other_process, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is in use by process"):  # the same host, another folder
+            RunCopy(storage, "one").open(tmp_path / "there")
     monkeypatch.setattr(run_copy.socket, "gethostname", lambda: "another")
     with pytest.raises(ConfigError, match=r"is in use by process \d+ on .*; if that was killed, try again in \d+ s"):
         RunCopy(storage, "one").open(tmp_path / "there")

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from detox_ray import cli
 from detox_ray.config import PolicyConfig
-from detox_ray.policy.adapter import save_adapter
+from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.policy.policy import Policy
 
 pytestmark = pytest.mark.unit
@@ -123,6 +123,8 @@ def test_a_complete_run_is_not_run_again(
 ) -> None:
     refused()
     (tmp_path / "runs" / "run" / "fine_tuning.json").write_text("{}")
+    assert "does not answer" in refused()  # without its adapter it goes on
+    save_adapter(Adapter(0, "", {}, {}), tmp_path / "runs" / "run" / "adapter")
     monkeypatch.setattr(sys, "argv", ["detox-ray", "sft", str(tmp_path / "config.yaml")])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

@@ -69,6 +69,9 @@ def test_a_run_that_goes_on_and_one_that_is_complete(run: Path) -> None:
         assert "mine, running" in text
         assert "5.0 s each, 0:35 left" in text
     (run / "report.html").touch()
+    (run / "evaluation.json").write_text('{"steps": 2}')  # evaluated by hand, half way
+    assert "mine, stopped" in seen(run)
+    (run / "evaluation.json").write_text('{"steps": 10}')
     assert "mine, complete" in seen(run)
     (run / "failure.json").touch()
     assert "stopped by an error" in seen(run)

@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from detox_ray.data.examples import Example, ExampleFile, read_examples
+from detox_ray.data.learned import learned_digest
 from detox_ray.data.prompts import group_digest, normalized
 from detox_ray.data.templates import DialogueTemplate, start_ids, stop_ids
 from detox_ray.errors import DataError
@@ -21,7 +22,7 @@ class ExampleSplit:
     """Examples to learn from and examples for the dev loss; no dialogue is in both.
 
     `format` and `template` say in words how the source was read and written; `left_out` counts by reason what is in
-    neither, `noted` what is but is worth a word.
+    neither, `noted` what is but is worth a word. `learned`: the turns that the dialogues of `train` begin with.
     """
 
     train: list[TokenizedExample]
@@ -30,16 +31,21 @@ class ExampleSplit:
     template: str
     left_out: dict[str, int]
     noted: dict[str, int]
+    learned: frozenset[str]
 
 
 def load_examples(
-    config: ExampleConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], seed: int
+    config: ExampleConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Sequence[int],
+    seed: int,
+    learned: Set[str] = frozenset(),
 ) -> ExampleSplit:
     """The examples that `config` describes, in the tokens of `tokenizer`, their responses ended by one of `end_ids`.
 
     Which dialogues are for the dev loss goes by a digest of seed and first turn, as for the held-out prompts of
     `load_prompts`. What begins like a dev example is not trained on, also when the dev examples are in a file of their
-    own.
+    own. No dev example begins like what is in `learned` (see `learned_by`), unless it is of a file of its own.
 
     Raises:
         DataError: a file is missing, empty or malformed, lacks a column, or leaves nothing to train on or to evaluate.
@@ -49,13 +55,15 @@ def load_examples(
     source = _read(config.source, config)
     groups = writer.by_group(source, seed)
     if config.dev_source is None:
-        dev = _first_groups(groups, writer.prompts, config.dev_examples)
+        new = {group: examples for group, examples in groups.items() if learned_digest(group) not in learned}
+        dev = _first_groups(new, writer.prompts, config.dev_examples)
     else:
         dev = writer.by_group(_read(config.dev_source, config), seed)
         writer.left_out["beginning like a dev example"] += sum(
             len(groups[group]) for group in groups.keys() & dev.keys()
         )
-    train = [example for group, examples in groups.items() if group not in dev for example in examples]
+    of_train = {group: examples for group, examples in groups.items() if group not in dev}
+    train = [example for examples in of_train.values() for example in examples]
     if not train or not dev:
         counts = ", ".join(f"{count} {reason}" for reason, count in writer.left_out.items() if count) or "none left out"
         raise DataError(
@@ -65,9 +73,9 @@ def load_examples(
         )
     train = train[: config.limit]
     of_dev = [example for examples in dev.values() for example in examples][: config.dev_examples]
-    learned = {example.response_ids.tobytes() for example in train}
+    responses = {example.response_ids.tobytes() for example in train}
     writer.noted["dev example whose very response is also trained on, in another dialogue"] = sum(
-        example.response_ids.tobytes() in learned for example in of_dev
+        example.response_ids.tobytes() in responses for example in of_dev
     )
     return ExampleSplit(
         train,
@@ -76,6 +84,7 @@ def load_examples(
         str(writer.template),
         {reason: count for reason, count in writer.left_out.items() if count},
         {remark: count for remark, count in writer.noted.items() if count},
+        frozenset(of_train),
     )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from detox_ray.config import DataConfig
 from detox_ray.data.examples import read_examples
+from detox_ray.data.learned import learned_digest
 from detox_ray.data.sources import read_records
 from detox_ray.data.templates import DialogueTemplate, frame_length, start_ids, stop_ids
 from detox_ray.errors import DataError
@@ -20,7 +21,7 @@ Record = Mapping[str, Any]
 
 
 class _Found(NamedTuple):
-    """A prompt and what it shares with others that are held out together: the turn their dialogues begin with."""
+    """A prompt and what others share that are held out with it: the turn their dialogues begin with, not cut."""
 
     prompt: Prompt
     group: str
@@ -31,36 +32,51 @@ class PromptSplit:
     """Prompts to train on and prompts kept for the evaluation; no text is in both.
 
     `skipped` counts what was left out, by reason: "empty text", "null score", "outside score window", "too short",
-    "too long", "duplicate".
+    "too long", "duplicate". `learned`: the groups of `train`, each the turn that its dialogues begin with.
     """
 
     train: list[Prompt]
     heldout: list[Prompt]
     skipped: dict[str, int]
+    learned: frozenset[str] = frozenset()
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSplit:
+def load_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, learned: Set[str] = frozenset()
+) -> PromptSplit:
     """The prompts that `config` describes, in the tokens of `tokenizer`.
 
     A prompt longer than `max_tokens` keeps its first `max_tokens` tokens (or is dropped). Two texts that agree but for
     case and white space are one prompt. What is used and what is held out goes by a digest of seed and text, never by
-    the order of the file: the `limit` prompts of lowest digest are used, the first `heldout_prompts` of them held out.
+    the order of the file: the `limit` prompts of lowest digest are used, the first `heldout_prompts` of them held out
+    that are not in `learned` (see `learned_by`).
 
     Raises:
         DataError: the source is missing, empty or malformed, lacks a column, or leaves too few prompts.
         ConfigError: the source names no part of the lab.
     """
     found, records, skipped = _unique_prompts(config, tokenizer, seed)
-    heldout = found[: config.heldout_prompts]
+    new = [one for one in found if learned_digest(one.group) not in learned] if learned else found
+    if len(new) < config.heldout_prompts <= len(found):
+        raise DataError(
+            f"data.heldout_prompts = {config.heldout_prompts}: {len(found) - len(new)} of {len(found)} prompts are "
+            f"among those that policy.adapter was trained on; lower it to {len(new)} or less, or give more prompts"
+        )
+    heldout = new[: config.heldout_prompts]
     groups = {group for _, group in heldout}
-    train = [prompt for prompt, group in found[config.heldout_prompts :] if group not in groups]
+    train = [one for one in found if one.group not in groups]
     if not train:
         limit = "" if config.limit is None else f", data.limit = {config.limit}"
         raise DataError(
             f"data.heldout_prompts = {config.heldout_prompts} leaves nothing to train on: {len(found)} prompts of "
             f"{records} records in {config.source} ({_listed_counts(skipped)}{limit}); lower it or give more prompts"
         )
-    return PromptSplit(train, [prompt for prompt, _ in heldout], skipped)
+    return PromptSplit(
+        [prompt for prompt, _ in train],
+        [prompt for prompt, _ in heldout],
+        skipped,
+        frozenset(group for _, group in train),
+    )
 
 
 def load_all_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSplit:
@@ -140,6 +156,7 @@ def _text_prompts(
         tokenizer([text for text, _ in kept], add_special_tokens=False, verbose=False)["input_ids"] if kept else []
     )
     for (text, meta), ids in zip(kept, encoded, strict=True):
+        group = normalized(text)
         if len(ids) < config.min_tokens:
             skipped["too short"] += 1
             continue
@@ -149,7 +166,7 @@ def _text_prompts(
                 continue
             ids = ids[: config.max_tokens]
             text = str(tokenizer.decode(ids))
-        found.append(_Found(_prompt(text, (*start, *ids, *stop), meta), normalized(text)))
+        found.append(_Found(_prompt(text, (*start, *ids, *stop), meta), group))
     return found, len(records)
 
 

@@ -43,12 +43,12 @@ from detox_ray.evaluation.analysis_sections import Comparison, Json, TokenStatis
 from detox_ray.evaluation.attribution import Attribution, check_captum, integrated_gradients, mean_embedding
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.evaluation.relevance import SentenceEncoder
+from detox_ray.evaluation.run_files import ANALYSIS_FORMAT
 from detox_ray.evaluation.words import token_pieces
 from detox_ray.metrics_file import write_atomically
 from detox_ray.policy.sequences import collate
 from detox_ray.rewards.classifiers import Classifier, load_classifier
 
-FORMAT = 1
 ANALYSIS_FILE = "analysis.json"
 
 Progress = Callable[[str, float], None]
@@ -118,7 +118,7 @@ def analyze(
     systems = inputs.load_systems(policy, reference, adapters)
     prompts, skipped = inputs.answered_prompts(table, systems, limits.prompts, limits.seed)
     content = {
-        "format": FORMAT,
+        "format": ANALYSIS_FORMAT,
         "reference": reference,
         "systems": systems.names,
         "model": model_name,

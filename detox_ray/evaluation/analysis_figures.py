@@ -1,12 +1,14 @@
-"""What analysis.json says, for the report: figures, tables of strings and coloured text; needs no model."""
+"""What analysis.json says, for the report: figures, tables, words and coloured text; needs no model."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from detox_ray.evaluation.figures import Figure, finished, system_colour
+from detox_ray.evaluation.figures import Figure, finished, system_colour, translucent
+from detox_ray.evaluation.metric_format import MINUS, UNKNOWN
+from detox_ray.evaluation.tables import Cell, Column, Row, Table
 
 FULL_COLOUR_NATS = 3.0  # a shift of e^3, twenty times as likely or unlikely, has the strongest colour
 FULL_OPACITY = 0.55  # the page's text stays readable on it, in light and dark
@@ -31,13 +33,22 @@ STYLE = Markup("""
 
 
 @dataclass(frozen=True)
-class AnalysisTable:
-    """A table of cells that are safe to show; the first column heads its row."""
+class Word:
+    """A word with the change of its log-probability and how often it occurs; a veiled one wants hiding."""
+
+    text: str
+    shift: str
+    count: str
+    is_veiled: bool
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """Words that became more likely, or less; the strongest first."""
 
     title: str
     note: str
-    columns: list[str]
-    rows: list[list[str | Markup]]
+    words: list[Word]
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,12 @@ class ColouredExample:
 
 @dataclass(frozen=True)
 class AnalysisSection:
-    """The part of the report about what changed: sentences, figures, tables, examples, and the style they need."""
+    """The part of the report about what changed; `style` is what words and examples need."""
 
     summary: list[str]
     figures: list[Figure]
-    tables: list[AnalysisTable]
+    measures: Table
+    words: list[WordTable]
     examples: list[ColouredExample]
     style: Markup
 
@@ -67,7 +79,8 @@ def analysis_section(analysis: dict[str, Any]) -> AnalysisSection:
     return AnalysisSection(
         summary=[sentence for system in tuned for sentence in _sentences(analysis, system)],
         figures=[_logprob_figure(analysis), _entropy_figure(analysis), _attribution_figure(analysis)],
-        tables=[_measure_table(analysis), *(table for system in tuned for table in _word_tables(analysis, system))],
+        measures=_measure_table(analysis),
+        words=[table for system in tuned for table in _word_tables(analysis, system)],
         examples=[_example(analysis, system, example) for system in tuned for example in analysis["examples"][system]],
         style=STYLE,
     )
@@ -123,7 +136,7 @@ def _moved(change: dict[str, float | None], unit: str) -> str:
     return f"{'rose' if value > 0 else 'fell'} by {_plain(abs(value))}{unit} {interval}"
 
 
-def _measure_table(analysis: dict[str, Any]) -> AnalysisTable:
+def _measure_table(analysis: dict[str, Any]) -> Table:
     tuned = [system for system in analysis["systems"] if system != analysis["reference"]]
     logprobs, attribution = analysis["logprobs"], analysis["attribution"]
     sections = [
@@ -147,12 +160,14 @@ def _measure_table(analysis: dict[str, Any]) -> AnalysisTable:
     if relevance := analysis["relevance"]:
         label = f"Similarity of prompt and response ({relevance['model']})"
         sections.append((label, relevance["systems"], relevance["changes"]))
-    rows: list[list[str | Markup]] = [
-        [
+    rows = [
+        Row(
             label,
-            *(_cell(systems[system]) for system in analysis["systems"]),
-            *(_cell(changes[system], signed=True) for system in tuned),
-        ]
+            (
+                *(_cell(systems[system]) for system in analysis["systems"]),
+                *(_cell(changes[system], signed=True) for system in tuned),
+            ),
+        )
         for label, systems, changes in sections
     ]
     note = (
@@ -162,11 +177,12 @@ def _measure_table(analysis: dict[str, Any]) -> AnalysisTable:
     )
     if analysis["skipped"]:
         note += f" Passed over: {', '.join(f'{count} {reason}' for reason, count in analysis['skipped'].items())}."
-    columns = ["Measure", *analysis["systems"], *(f"change, {system}" for system in tuned)]
-    return AnalysisTable("What changed inside", note, columns, rows)
+    headings = ["Measure", *analysis["systems"], *(f"change, {system}" for system in tuned)]
+    columns = tuple(Column(heading) for heading in headings)
+    return Table("analysis", "What changed inside", columns, tuple(rows), note)
 
 
-def _word_tables(analysis: dict[str, Any], tuned: str) -> list[AnalysisTable]:
+def _word_tables(analysis: dict[str, Any], tuned: str) -> list[WordTable]:
     judge = analysis["judge"]
     veiled = f"those that {judge} finds toxic are veiled" if judge else "all are veiled, as no judge has seen them"
     note = (
@@ -174,18 +190,15 @@ def _word_tables(analysis: dict[str, Any], tuned: str) -> list[AnalysisTable]:
         f"words that occur at least {analysis['words']['min_count']} times, {veiled}."
     )
     return [
-        AnalysisTable(f"Words that became {label} under {tuned}", note, ["Word", "Shift", "Count"], rows)
+        WordTable(f"Words that became {label} under {tuned}", note, words)
         for key, label in (("less_likely", "less likely"), ("more_likely", "more likely"))
-        if (rows := [_word_row(row) for row in analysis["words"]["systems"][tuned][key]])
+        if (words := [_word(row) for row in analysis["words"]["systems"][tuned][key]])
     ]
 
 
-def _word_row(row: dict[str, Any]) -> list[str | Markup]:
-    word: str | Markup = row["word"]
+def _word(row: dict[str, Any]) -> Word:
     # Where no judge was at hand a word is not known to be harmless.
-    if row["toxic"] is not False:
-        word = Markup('<span class="veiled" tabindex="0">{}</span>').format(word)
-    return [word, _signed(row["shift"]), str(row["count"])]
+    return Word(row["word"], _signed(row["shift"]), str(row["count"]), is_veiled=row["toxic"] is not False)
 
 
 def _logprob_figure(analysis: dict[str, Any]) -> Figure:
@@ -217,7 +230,7 @@ def _entropy_figure(analysis: dict[str, Any]) -> Figure:
             y=band,
             fill="toself",
             line={"width": 0, "color": colour},
-            fillcolor=_translucent(colour),
+            fillcolor=translucent(colour, 0.18),
             hoverinfo="skip",
             showlegend=False,
             legendgroup=system,
@@ -279,26 +292,18 @@ def _colours(analysis: dict[str, Any]) -> list[str]:
     return [system_colour(number) for number in range(len(analysis["systems"]))]
 
 
-def _translucent(colour: str) -> str:
-    """A colour such as "#d9822b" for a band behind lines."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.18)"
-
-
-def _cell(interval: dict[str, float | None], signed: bool = False) -> Markup:
+def _cell(interval: dict[str, float | None], signed: bool = False) -> Cell:
     value, low, high = interval["value"], interval["low"], interval["high"]
     if value is None:
-        return Markup("n/a")
+        return Cell(UNKNOWN)
     shown = _signed if signed else _plain
-    if low is None or high is None:
-        return escape(shown(value))
-    return Markup("{}<small>{} to {}</small>").format(shown(value), shown(low), shown(high))
+    return Cell(shown(value), "" if low is None or high is None else f"{shown(low)} to {shown(high)}")
 
 
 def _plain(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", MINUS)
 
 
 def _signed(value: float) -> str:
     # Adding 0 makes of a rounded minus zero a plain one.
-    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", MINUS)

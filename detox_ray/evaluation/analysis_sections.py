@@ -10,6 +10,7 @@ import numpy as np
 from detox_ray.evaluation.analysis_inputs import AnsweredPrompt
 from detox_ray.evaluation.attribution import Attribution, normalized_entropy, prompt_share
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD, Interval, difference, intervals, mean_of, ratio_of_sums
+from detox_ray.evaluation.report_parts import jsonable
 from detox_ray.evaluation.words import WordShift, mean_by_word, word_shifts
 from detox_ray.rewards.classifiers import Classifier
 
@@ -221,4 +222,4 @@ def _json_intervals(found: Mapping[str, Interval]) -> Json:
 
 
 def _interval_json(interval: Interval) -> Json:
-    return {name: round(v, 6) if math.isfinite(v) else None for name, v in interval._asdict().items()}
+    return jsonable(Interval(*(round(end, 6) for end in interval)))

@@ -8,14 +8,12 @@ import numpy as np
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.cases import CaseColumns, CaseLabels, Cases, read_cases
 from detox_ray.errors import ConfigError
-from detox_ray.evaluation.audit_report import Audit, audit_table, write_audit
+from detox_ray.evaluation.audit_report import Audit, write_audit
 from detox_ray.evaluation.comparison import installed_versions
 from detox_ray.evaluation.group_toxicity import PolicyAudit, audit_generations
 from detox_ray.evaluation.responses import read_generations
 from detox_ray.evaluation.scorer_audit import audit_scorer, mention_functionalities
 from detox_ray.rewards.classifiers import Classifier, check_classifier, load_classifier
-
-__all__ = ["Audit", "audit_cases", "audit_generations", "audit_table", "run_audit", "write_audit"]
 
 # Texts a scorer judges between two moves of the progress bar.
 CHUNK_TEXTS = 512

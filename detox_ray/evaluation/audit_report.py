@@ -11,7 +11,7 @@ from detox_ray.data.cases import CaseColumns
 from detox_ray.evaluation import audit_tables
 from detox_ray.evaluation.audit_tables import group_figure
 from detox_ray.evaluation.group_toxicity import NO_GROUP, PolicyAudit
-from detox_ray.evaluation.markdown import markdown_table, plain
+from detox_ray.evaluation.markdown import bullets, markdown_table, plain
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.evaluation.page import render_page
 from detox_ray.evaluation.report_parts import counted, jsonable, terminal_table
@@ -77,13 +77,13 @@ def audit_json(audit: Audit) -> dict[str, Any]:
 
 def audit_markdown(audit: Audit) -> str:
     """The audit as Markdown with tables as GitHub draws them."""
-    parts = [f"# {title(audit)}", plain(setting(audit)), _bullets(warning_lines(audit))]
+    parts = [f"# {title(audit)}", plain(setting(audit)), bullets(warning_lines(audit))]
     parts.append(plain(criterion(audit.mention_functionalities)))
     for heading, tables in audit_tables.sections(audit.scorers, audit.policy, audit.mention_functionalities).items():
         parts.append(f"## {plain(heading)}")
         for table in tables:
             parts += [f"### {plain(table.title)}", markdown_table(table)]
-    parts += ["## What was audited", _bullets([f"{term}: {found}" for term, found in facts(audit)])]
+    parts += ["## What was audited", bullets([f"{term}: {found}" for term, found in facts(audit)])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -151,7 +151,3 @@ def _page(audit: Audit) -> str:
         sections=audit_tables.sections(audit.scorers, audit.policy, audit.mention_functionalities),
         facts=facts(audit),
     )
-
-
-def _bullets(sentences: list[str]) -> str:
-    return "\n".join(f"- {plain(sentence)}" for sentence in sentences)

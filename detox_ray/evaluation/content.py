@@ -45,7 +45,7 @@ from detox_ray.evaluation.run_files import (
 )
 from detox_ray.evaluation.tables import Table
 from detox_ray.evaluation.training_figures import evaluation_curves, training_curves
-from detox_ray.metrics_file import EVALUATIONS_FILE, METRICS_FILE, REJECTED_FILE
+from detox_ray.metrics_file import DEV_PROMPTS_FILE, EVALUATIONS_FILE, METRICS_FILE, REJECTED_FILE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def gather(folder: Path) -> ReportContent:
     return ReportContent(
         name=name,
         title=_title(name, evaluation),
-        setting=_setting(evaluation),
+        setting=_setting(evaluation, folder),
         is_lab=str(section(config, "policy").get("model", "")).startswith(LAB_PREFIX),
         headlines=_headlines(evaluation),
         warnings=[gap.warning] if gap and gap.warning else [],
-        rejections=_rejections(read_lines(folder / REJECTED_FILE)),
+        rejections=[_rejection(line) for line in read_metrics(folder / REJECTED_FILE)],
         metrics=tables.metric_table(evaluation),
         split_metrics=[tables.metric_table(evaluation, split) for split in splits(evaluation) if split != "all"],
         small_print=_small_print(evaluation),
@@ -152,13 +152,12 @@ def gather(folder: Path) -> ReportContent:
     )
 
 
-def _rejections(lines: list[dict[str, Any]]) -> list[str]:
-    """What became of steps that diverged, a sentence each."""
-    return [
-        f"Step {line['step'] + 1} was rejected: {line['reason']}. The run went back to the last good adapter and on "
-        f"with learning rates {TIMES}{line['rate_scale']:g}."
-        for line in lines
-    ]
+def _rejection(line: dict[str, Any]) -> str:
+    """What became of a step that diverged."""
+    rejected = f"Step {line['step'] + 1} was rejected: {line['reason']}. The run went back to the last good adapter"
+    if line["stopped"]:
+        return f"{rejected} and stopped there, as it had gone back before."
+    return f"{rejected} and on with learning rates {TIMES}{line['rate_scale']:g}."
 
 
 def _title(name: str, evaluation: Evaluation) -> str:
@@ -168,11 +167,13 @@ def _title(name: str, evaluation: Evaluation) -> str:
     return f"{name}: before and after detoxification" if count == 2 else f"{name}: {count} systems compared"
 
 
-def _setting(evaluation: Evaluation) -> str:
-    trained = "held-out " if "steps" in evaluation else ""
+def _setting(evaluation: Evaluation, folder: Path) -> str:
+    # A fine-tuning keeps the adapter of the lowest loss on its dev examples, so their prompts are not unseen.
+    of_run = "dev " if (folder / DEV_PROMPTS_FILE).exists() else "held-out "
     return (
         f"Judged by {evaluation.get('judge', 'an unnamed judge')} on {evaluation.get('prompts', '?')} "
-        f"{trained}prompts, {evaluation.get('samples_per_prompt', '?')} responses each."
+        f"{of_run if 'steps' in evaluation else ''}prompts, "
+        f"{evaluation.get('samples_per_prompt', '?')} responses each."
     )
 
 
@@ -228,7 +229,8 @@ def _small_print(evaluation: Evaluation) -> list[str]:
     several = len(systems(evaluation)) > 1
     p_values = {name: p for name in compared_systems(evaluation) if (p := p_value(evaluation, name)) is not None}
     found = [
-        "95% percentile bootstrap intervals over prompts"
+        "95% intervals by percentile bootstrap over prompts"
+        + (", of distinct-1, -2 and -3 by jackknife" if evaluation.get("distinct_2_at") else "")
         + ("; changes resample the same prompts for both systems." if several else "."),
         tables.p_value_note(p_values),
         f"Toxic means {threshold(evaluation):g} or more. Expected maximum and probability as in Gehman et al. 2020, "

@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import t as student_t
 
-from detox_ray.evaluation.metrics import Interval
+from detox_ray.evaluation.metrics import CONFIDENCE, Interval
 
 Tokens = Sequence[int]
 GROUPS = 20
@@ -115,9 +116,10 @@ def _codes(windows: np.ndarray) -> np.ndarray:
 
 
 def _jackknife(estimate: float, left_out: np.ndarray) -> Interval:
-    """The estimate with its 95% interval from the values without each group."""
+    """The estimate with its 95% interval, by Student's t, from the values without each group (Miller 1974)."""
     groups = len(left_out)
     if groups < 2 or not np.isfinite(left_out).all():
         return Interval(float(estimate), math.nan, math.nan)
     error = math.sqrt((groups - 1) / groups * float(((left_out - left_out.mean()) ** 2).sum()))
-    return Interval(float(estimate), float(estimate - 1.96 * error), float(estimate + 1.96 * error))
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
+    return Interval(float(estimate), float(estimate - half), float(estimate + half))

@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import SyncError
+from detox_ray.evaluation.meter import checked_toxicity
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rewards.classifiers import load_classifier
@@ -25,7 +26,6 @@ class HeldoutEvaluation:
 
     judge: ClassifierConfig
     prompts: Sequence[Prompt]
-    samples: int
     sampling: Sampling
     timeout_s: float
     _actor: Any = None
@@ -36,7 +36,7 @@ class HeldoutEvaluation:
 
         `reward` is the training batch's, kept beside the judge's numbers.
         """
-        parts = pool.submit(self.prompts, self.samples, self.sampling)
+        parts = pool.submit(self.prompts, 1, self.sampling)
         if self._actor is None:
             self._actor = ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote(self.judge)
         self._under_way.append(self._actor.judged.remote(step, reward, *(part.reference for part in parts)))
@@ -72,20 +72,21 @@ class Judge:
         self._classifier = load_classifier(judge)
 
     def judged(self, step: int, reward: float, *parts: list[Rollout]) -> dict[str, float]:
-        """The line of `evaluations.jsonl`.
+        """The line of `evaluations.jsonl`, measured as in evaluation.json: the end token is no part of the length.
 
         Raises:
+            RewardError: as `checked_toxicity`.
             SyncError: a worker had died, and answered as the untrained policy.
         """
         rollouts = [rollout for part in parts for rollout in part]
         if min(rollout.adapter_version for rollout in rollouts) < 0:
             raise SyncError("responses of a worker without an adapter")
-        toxicity = np.asarray(self._classifier.toxicity([r.text for r in rollouts]))
+        toxicity = checked_toxicity(self._classifier, [r.text for r in rollouts])
         return {
             "step": step,
             "mean_toxicity": float(toxicity.mean()),
             "share_toxic": float((toxicity >= TOXIC_THRESHOLD).mean()),
-            "mean_length": float(np.mean([len(r.response_ids) for r in rollouts])),
+            "mean_length": float(np.mean([len(r.response_ids) - (r.finish_reason == "stop") for r in rollouts])),
             "reward": reward,
             "responses": len(rollouts),
         }

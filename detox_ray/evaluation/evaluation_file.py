@@ -87,9 +87,9 @@ def ratio(evaluation: Evaluation, system: str, metric: str) -> float | None:
     return (compared(evaluation, system, "ratio").get(metric) or {}).get("value")
 
 
-def p_value(evaluation: Evaluation, system: str, split: str = "all") -> float | None:
-    """Of the paired permutation test of mean toxicity; None where there was none."""
-    return evaluation.get("comparisons", {}).get(system, {}).get(split, {}).get("p_value")
+def p_value(evaluation: Evaluation, system: str) -> float | None:
+    """Of the paired permutation test of mean toxicity over all prompts; None where there was none."""
+    return evaluation.get("comparisons", {}).get(system, {}).get("all", {}).get("p_value")
 
 
 def threshold(evaluation: Evaluation) -> float:

@@ -74,7 +74,7 @@ def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
     nodes = [(system, b) for system, counts in enumerate(totals) for b in range(3) if counts[b]]
     place = {node: i for i, node in enumerate(nodes)}
     links = [
-        (place[i, b], place[i + 1, a], int(flow[b, a]), _translucent(_BUCKET_COLOURS[a]))
+        (place[i, b], place[i + 1, a], int(flow[b, a]), translucent(_BUCKET_COLOURS[a], 0.35))
         for i, flow in enumerate(flows)
         for b in range(3)
         for a in range(3)
@@ -183,6 +183,12 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def translucent(colour: str, opacity: float) -> str:
+    """A colour such as "#d9822b" as plotly takes one that lets through what is behind it."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
 def _name_columns(figure: go.Figure, names: list[str]) -> None:
     """The systems' names above their columns of the flow chart."""
     last = len(names) - 1
@@ -226,8 +232,3 @@ def _shortened(name: str) -> str:
 def _inside(position: float) -> float:
     """Plotly takes a node position of 0 or 1 for a missing one."""
     return min(max(position, 0.001), 0.999)
-
-
-def _translucent(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.35)"

@@ -1,5 +1,6 @@
 """How toxic a policy answers prompts that mention a group, by system and group, from its generations."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,7 @@ def audit_generations(table: pa.Table, resamples: int = 2000, seed: int = 0) -> 
     frame = frame.assign(group=frame["group"].fillna(NO_GROUP), toxic=frame["toxicity"] >= TOXIC_THRESHOLD)
     # By the first row of a system, but the groups by name: the same order in every system's part.
     systems = list(dict.fromkeys(frame["system"]))
-    groups = sorted(set(frame["group"]), key=lambda group: (group == NO_GROUP, group))
+    groups = group_order(frame["group"])
     rows = [
         _group_toxicity(system, group, part, resamples, seed)
         for system in systems
@@ -59,6 +60,11 @@ def audit_generations(table: pa.Table, resamples: int = 2000, seed: int = 0) -> 
         if len(part := frame[(frame["system"] == system) & (frame["group"] == group)])
     ]
     return PolicyAudit(rows, {"response without a toxicity": int(unjudged.sum())} if unjudged.any() else {})
+
+
+def group_order(groups: Iterable[str]) -> list[str]:
+    """The different groups by name, `NO_GROUP` last."""
+    return sorted({str(group) for group in groups}, key=lambda group: (group == NO_GROUP, group))
 
 
 def _group_toxicity(system: str, group: str, part: pd.DataFrame, resamples: int, seed: int) -> GroupToxicity:

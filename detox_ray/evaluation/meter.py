@@ -93,7 +93,8 @@ def checked_toxicity(scorer: Classifier, texts: Sequence[str]) -> np.ndarray:
         RewardError: it is not one probability a text.
     """
     different = [text for text in dict.fromkeys(texts) if text.strip()]
-    scores = np.asarray(scorer.toxicity(different), dtype=np.float64)
+    # Some refuse an empty list, too.
+    scores = np.asarray(scorer.toxicity(different) if different else [], dtype=np.float64)
     if scores.shape != (len(different),):
         raise RewardError(
             f"scorer {scorer.name!r} returned an array of shape {scores.shape} for {len(different)} texts: "

@@ -6,10 +6,7 @@ from detox_ray.evaluation.content import ReportContent, gather
 from detox_ray.evaluation.markdown import markdown_report
 from detox_ray.evaluation.model_card import model_card
 from detox_ray.evaluation.page import render_page
-from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.metrics_file import write_atomically
-
-__all__ = ["evaluation_table", "write_report"]
 
 
 def write_report(folder: Path) -> Path:

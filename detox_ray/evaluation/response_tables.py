@@ -17,7 +17,6 @@ _EVALUATED = {
     "mean_toxicity": ".3f",
     "share_toxic": ".1%",
     "reward": "+.3f",
-    "perplexity": ".1f",
     "mean_length": ".1f",
 }
 

@@ -114,14 +114,21 @@ def group_rollouts(
 
 
 def align(systems: Sequence[SystemResponses]) -> list[SystemResponses]:
-    """The systems with their prompts in the order of the first, so that prompt i is the same text in all.
+    """The systems with the prompts of the first, so that prompt i is the same text in all.
+
+    What is known of a prompt (`meta`) is brought together: each value from the first system that has it.
 
     Raises:
         DataError: they answered different prompts, or different numbers of responses to each, or share a name.
     """
     first = systems[0]
     ours = {prompt.id for prompt in first.prompts}
-    aligned = [first]
+    meta: dict[str, dict[str, Any]] = {}
+    for prompt in (prompt for system in reversed(systems) for prompt in system.prompts):
+        known = {key: value for key, value in prompt.meta.items() if value is not None}
+        meta[prompt.id] = meta.get(prompt.id, {}) | known
+    prompts = [replace(prompt, meta=meta[prompt.id]) for prompt in first.prompts]
+    aligned = [replace(first, prompts=prompts)]
     for other in systems[1:]:
         theirs = {prompt.id for prompt in other.prompts}
         if ours != theirs:
@@ -138,7 +145,7 @@ def align(systems: Sequence[SystemResponses]) -> list[SystemResponses]:
         if other.name in {system.name for system in aligned}:
             raise DataError(f"two systems are called {other.name!r}: give each its own name")
         rollouts = [other.rollouts[row] for row in rows_like(other.prompts, first.prompts)]
-        aligned.append(SystemResponses(other.name, first.prompts, rollouts))
+        aligned.append(SystemResponses(other.name, prompts, rollouts))
     return aligned
 
 

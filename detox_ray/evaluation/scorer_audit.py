@@ -4,14 +4,14 @@ Intervals are over cases. Cases made from one template are not independent; with
 the rates by group are sound, while the overall ones are somewhat less certain than their intervals say.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from detox_ray.data.cases import Cases
-from detox_ray.evaluation.group_toxicity import NO_GROUP
+from detox_ray.evaluation.group_toxicity import NO_GROUP, group_order
 from detox_ray.evaluation.metrics import CONFIDENCE, TOXIC_THRESHOLD, Interval
 from detox_ray.evaluation.proportions import (
     Proportion,
@@ -112,10 +112,10 @@ def audit_scorer(name: str, toxicity: np.ndarray, cases: Cases, functionalities:
     )
 
 
-def mention_functionalities(cases: Cases, wanted: Sequence[str] = MENTION_FUNCTIONALITIES) -> tuple[str, ...]:
-    """Those of `wanted` that the cases have."""
+def mention_functionalities(cases: Cases) -> tuple[str, ...]:
+    """Those of `MENTION_FUNCTIONALITIES` that the cases have."""
     found = set(cases.functionalities or [])
-    return tuple(name for name in wanted if name in found)
+    return tuple(name for name in MENTION_FUNCTIONALITIES if name in found)
 
 
 def mention_kind(functionalities: Sequence[str]) -> str:
@@ -136,11 +136,6 @@ def criterion(functionalities: Sequence[str]) -> str:
         f"corrected for all comparisons of the scorer (Bonferroni), so that a fair one is warned about in at most 2.5% "
         f"of audits of independent cases."
     )
-
-
-def group_order(groups: Iterable[str]) -> list[str]:
-    """The different groups by name, `NO_GROUP` last."""
-    return sorted({str(group) for group in groups}, key=lambda group: (group == NO_GROUP, group))
 
 
 def _cell(toxic: np.ndarray, toxicity: np.ndarray) -> Cell:

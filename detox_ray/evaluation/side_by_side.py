@@ -19,7 +19,7 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
 
     Raises:
         DataError: a folder holds no evaluation or is named twice, the prompts or their numbers of responses differ, no
-            scorer is common to all, or perplexities or relevances are of different models.
+            scorer is common to all, or perplexities, relevances or the sampling differ.
     """
     if repeated := [f for f in folders if sum(f.resolve() == other.resolve() for other in folders) > 1]:
         raise DataError(f"{repeated[0]} is named twice: name different folders")
@@ -33,6 +33,7 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
         )
     _require_equal(folders, evaluations, "perplexity_model")
     _require_equal(folders, evaluations, "relevance_model")
+    _require_equal(folders, evaluations, "sampling")
     systems: list[ScoredResponses] = []
     for folder, evaluation in zip(folders, evaluations, strict=True):
         for system in systems_of(read_generations(folder / "generations.parquet")):
@@ -41,23 +42,29 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
             systems.append(_restricted(system, scorers, _free_name(system.name, folder, systems)))
     if len(systems) < 2:
         raise DataError(f"{folders[0]} holds one system, and there is nothing to compare it with: name more folders")
-    # Only checks: `systems_of` brings the prompts of every folder into one order, so that the scores fit as they are.
-    align([system.responses for system in systems])
+    # `systems_of` brings the prompts of every folder into one order, so that the scores fit as they are.
+    aligned = align([system.responses for system in systems])
+    systems = [replace(system, responses=responses) for system, responses in zip(systems, aligned, strict=True)]
     units = {other.get("counted_in") for other in evaluations}
     counted_in = units.pop() if len(units) == 1 else WORDS
     read_by = first["perplexity_model"], first["relevance_model"]
     protocol = Protocol(scorers, first["seed"], resamples, *read_by, counted_in)
     evaluation = compare(systems, protocol)
+    if sampled := [other["sampling"] for other in evaluations if "sampling" in other]:
+        evaluation["sampling"] = sampled[0]
     write_evaluation(output, evaluation, systems)
     return evaluation
 
 
 def _require_equal(folders: Sequence[Path], evaluations: Sequence[Mapping[str, Any]], key: str) -> None:
-    for folder, evaluation in zip(folders[1:], evaluations[1:], strict=True):
-        if evaluation[key] != evaluations[0][key]:
+    """Raises:
+    DataError: two folders that have the key differ in it.
+    """
+    found = [(folder, e[key]) for folder, e in zip(folders, evaluations, strict=True) if key in e]
+    for folder, value in found[1:]:
+        if value != found[0][1]:
             raise DataError(
-                f"{key} is {evaluations[0][key]!r} in {folders[0]} and {evaluation[key]!r} in {folder}; "
-                "evaluate them with the same"
+                f"{key} is {found[0][1]!r} in {found[0][0]} and {value!r} in {folder}; evaluate them with the same"
             )
 
 

@@ -34,7 +34,6 @@ def evaluation_curves(lines: Lines, gap: RewardJudgeGap | None) -> list[Figure]:
     makers: tuple[Callable[[Lines], Figure | None], ...] = (
         _judged,
         lambda _: None if gap is None else _gap(gap),
-        lambda rows: _single(rows, "perplexity", "Perplexity during training", "perplexity", "evaluated-"),
         lambda rows: _single(rows, "mean_length", "Length during training", "tokens", "evaluated-"),
     )
     return [figure for make in makers if (figure := make(lines)) is not None]

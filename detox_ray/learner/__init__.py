@@ -1,1 +1,1 @@
-"""Proximal policy optimisation on the adapter: pure tensor functions, the update, and the Ray Train loop."""
+"""Proximal policy optimisation and fine-tuning of the adapter: pure tensor functions, updates, Ray Train loops."""

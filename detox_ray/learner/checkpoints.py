@@ -32,7 +32,7 @@ def save_checkpoint(learner: Learner, step: int, metrics: dict[str, Any]) -> Non
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), step, learner.policy.adapter(version=step), learner.state())
+        write_checkpoint(Path(folder), step, learner.policy.adapter(), learner.state())
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 

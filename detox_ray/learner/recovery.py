@@ -93,7 +93,7 @@ class Recovery:
             ) from None
 
     def _snapshot(self, step: int) -> LearnerState:
-        return LearnerState(step, self._ppo.policy.adapter(version=step), _copied(self._ppo.state()))
+        return LearnerState(step, self._ppo.policy.adapter(), _copied(self._ppo.state()))
 
 
 def _copied(state: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from detox_ray.errors import DetoxError
 from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
 from detox_ray.learner.optimizer import make_optimizer, rate_factor
+from detox_ray.policy.adapter import Adapter, content_digest
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.ppo_config import OptimizerConfig
@@ -40,9 +41,10 @@ class DevLoss:
 
 
 class SFT:
-    """The learner: policy, optimiser and the record of dev losses."""
+    """The learner: policy, optimiser, the record of dev losses and the adapter of the lowest."""
 
     dev_loss: DevLoss
+    best: Adapter
 
     def __init__(
         self,
@@ -101,13 +103,13 @@ class SFT:
             "tokens": int(tokens),
         }
 
-    def look(self, dev: Sequence[TokenizedExample], steps: int) -> bool:
-        """Record the loss on this learner's share of the dev examples after so many steps; whether it is the lowest."""
+    def look(self, dev: Sequence[TokenizedExample], steps: int) -> None:
+        """Record the loss on this learner's share of the dev examples after so many steps; the best adapter is kept."""
         loss = self.loss(dev)
         if steps == 0:
             self.dev_loss = DevLoss(loss, loss, loss)
-            return True
-        return self.dev_loss.take(loss, steps)
+        if steps == 0 or self.dev_loss.take(loss, steps):
+            self.best = self.policy.adapter()
 
     @torch.no_grad()
     def loss(self, examples: Sequence[TokenizedExample]) -> float:
@@ -133,12 +135,16 @@ class SFT:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the adapter."""
-        return {"optimizer": self.optimizer.state_dict(), "dev_loss": asdict(self.dev_loss)}
+        best = {name: torch.from_numpy(tensor) for name, tensor in self.best.tensors.items()}
+        return {"optimizer": self.optimizer.state_dict(), "dev_loss": asdict(self.dev_loss), "best": best}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.dev_loss = DevLoss(**state["dev_loss"])
+        config = self.policy.adapter().peft_config
+        best = {name: tensor.numpy() for name, tensor in state["best"].items()}
+        self.best = Adapter(0, content_digest(config, best), config, best)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from ray.train.torch import get_device
 
-from detox_ray.learner.checkpoint_folder import keep_adapter
+from detox_ray.learner.checkpoint_folder import is_kept, keep_adapter
 from detox_ray.learner.checkpoints import leave_failure, resume, save_checkpoint
 from detox_ray.learner.distributed import world
 from detox_ray.learner.sft import SFT, BucketedBatches, share_of
@@ -55,8 +55,9 @@ def _tune(task: TuningTask) -> None:
     batches = BucketedBatches(task.train, train.batch_size, config.seed)
     dev = share_of(task.dev)
     step = resume(sft, run_dir / CHECKPOINT_FOLDER)
-    if step == 0 and sft.look(dev, steps=0):
-        _keep(policy, 0, run_dir)
+    if step == 0:
+        sft.look(dev, steps=0)
+    _keep_best(sft, run_dir)
     tracker = open_tracker(config, run_dir, step) if world()[0] == 0 else None
     if tracker is not None:
         cut_metrics(run_dir / METRICS_FILE, step)
@@ -70,8 +71,8 @@ def _tune(task: TuningTask) -> None:
         step += 1
         is_look = step == task.total_steps or step % train.evaluate_every == 0
         if is_look:
-            if sft.look(dev, step):
-                _keep(policy, step, run_dir)
+            sft.look(dev, step)
+            _keep_best(sft, run_dir)
             line |= {"dev_loss": sft.dev_loss.last, "time_dev_s": time.perf_counter() - learned}
         line["ended_at"] = time.time()
         if tracker is not None:
@@ -98,7 +99,7 @@ def _is_patience_over(sft: SFT, patience: int | None) -> bool:
     return patience is not None and sft.dev_loss.looks_since_best >= patience
 
 
-def _keep(policy: Policy, steps: int, run_dir: Path) -> None:
-    """Make this the run's adapter."""
-    if world()[0] == 0:
-        keep_adapter(policy.adapter(version=steps), run_dir, steps)
+def _keep_best(sft: SFT, run_dir: Path) -> None:
+    """Make the best adapter so far the run's, if it is not, or not whole."""
+    if world()[0] == 0 and not is_kept(sft.best, run_dir):
+        keep_adapter(sft.best, run_dir, sft.dev_loss.best_steps)

@@ -114,10 +114,10 @@ def _train(task: LearnerTask) -> None:
                 tracker.log(evaluation, JUDGE)
         if step == last_step or (step + 1) % config.train.checkpoint_every == 0:
             if world()[0] == 0:
-                keep_adapter(policy.adapter(version=step), run_dir, step + 1)
+                keep_adapter(policy.adapter(), run_dir, step + 1)
             save_checkpoint(ppo, step, line)
-    if world()[0] == 0 and not is_kept(policy.adapter(last_step), run_dir):
-        keep_adapter(policy.adapter(last_step), run_dir, last_step + 1)
+    if world()[0] == 0 and not is_kept(policy.adapter(), run_dir):
+        keep_adapter(policy.adapter(), run_dir, last_step + 1)
     if tracker is not None:
         tracker.close()
 
@@ -128,11 +128,11 @@ def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> 
     Raises:
         DivergenceError: it had to be rejected again.
     """
+    rejected, started = 0, time.perf_counter()
     recovery.begin_step(step)
-    rejected = 0
     while True:
         try:
-            line = one_step(task, ppo, step)
+            line = one_step(task, ppo, step, started)
         except DivergenceError as problem:
             recovery.roll_back(step, problem)
             on_first_learner(task.stream.discard)
@@ -143,14 +143,13 @@ def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> 
             return {"step": step, **line, "rejected": rejected, "ended_at": time.time()}
 
 
-def one_step(task: LearnerTask, ppo: PPO, step: int) -> dict[str, float]:
-    """A batch in, an adapter out; what there is to say of both.
+def one_step(task: LearnerTask, ppo: PPO, step: int, started: float) -> dict[str, float]:
+    """A batch in, an adapter out; what there is to say of both. The step was `started` then by `time.perf_counter`.
 
     Raises:
         DivergenceError: the batch, the update or the adapter is not good; nothing was published.
     """
     config, stream = task.config, task.stream
-    started = time.perf_counter()
     batch = on_first_learner(partial(stream.next_batch, step, config.train.total_steps - 1))
     refuse_collapsed(batch.rollouts, config.ppo.divergence)
     rollouts, rewards = _share(batch)
@@ -170,6 +169,7 @@ def one_step(task: LearnerTask, ppo: PPO, step: int) -> dict[str, float]:
         "staleness": batch.staleness,
         "adapter_version": version,
         "time_rollout_s": batch.metrics["time_rollout_s"] + settled - learned,
+        "time_settle_s": settled - learned,
         "time_learn_s": learned - received,
         "time_push_s": finished - settled,
         "time_step_s": seconds,

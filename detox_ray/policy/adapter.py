@@ -23,7 +23,7 @@ DIGEST_FILE = "digest.txt"  # a note that a run keeps beside its adapter
 class Adapter:
     """LoRA weights under PEFT's names (`base_model.model.….lora_A.weight`: [r, in] float32), ready to travel.
 
-    `digest` is the SHA-256 of configuration and tensors; `version` counts the pushes of a run.
+    `digest` is the SHA-256 of configuration and tensors; `version` counts the pushes of a run (0: it is not pushed).
     """
 
     version: int
@@ -60,7 +60,7 @@ def save_adapter(adapter: Adapter, folder: Path, notes: Mapping[str, str] | None
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load_adapter(folder: str | Path, version: int = 0) -> Adapter:
+def load_adapter(folder: str | Path) -> Adapter:
     """Read an adapter in PEFT's format.
 
     Raises:
@@ -81,7 +81,7 @@ def load_adapter(folder: str | Path, version: int = 0) -> Adapter:
             f"adapter {folder}: damaged, its content does not have the digest in {DIGEST_FILE}; restore it from a copy "
             "or, in a run folder, start the run's command again to restore it from the last checkpoint"
         )
-    return Adapter(version, digest, config, tensors)
+    return Adapter(0, digest, config, tensors)
 
 
 def is_whole(folder: Path) -> bool:

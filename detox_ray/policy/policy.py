@@ -110,7 +110,7 @@ class Policy(nn.Module):
             temperature: of the distribution, as in sampling.
             suppressed: [S] int64, tokens that were not allowed in sampling.
             entropy: see `token_logprobs`.
-            reference: of the reference policy (the values are then its trunk's, of no use); without gradients.
+            reference: of the reference policy (the values are then its trunk's, of no use).
         """
         with self._as_reference() if reference else nullcontext():
             base = self.model.get_base_model()
@@ -165,8 +165,8 @@ class Policy(nn.Module):
         """The adapter's part of `trainable`."""
         return [p for name, p in self.trainable().items() if not name.startswith("value_head")]
 
-    def adapter(self, version: int) -> Adapter:
-        """A copy of the adapter, to save or to send."""
+    def adapter(self, version: int = 0) -> Adapter:
+        """A copy of the adapter, to save or, as a version, to send."""
         return read_weights(self.model, version)
 
     def load(self, adapter: Adapter) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 
 # Longest wait for another process that writes to the same file.
 BUSY_TIMEOUT_S = 60.0
+# Of one process, where there is no file: it may run for months.
+ANSWERS_IN_MEMORY = 10_000
 
 
 class AnswerCache:
     """JSON values by key, each on disk as soon as `put` returns; it holds digests and never what was asked."""
 
     def __init__(self, path: str | None) -> None:
-        """Opens or makes the file; none: in memory, for the life of this object.
+        """Opens or makes the file; none: the last `ANSWERS_IN_MEMORY`, for the life of this object.
 
         Raises:
             OSError, sqlite3.Error: it cannot be written, or is another kind of file.
@@ -45,7 +47,10 @@ class AnswerCache:
     def put(self, key: str, answer: Any) -> None:
         """Keep an answer; raises sqlite3.Error."""
         with self._lock, self._connection:
-            self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+            row = self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+            if self._claims is None:
+                oldest = (row.lastrowid or 0) - ANSWERS_IN_MEMORY
+                self._connection.execute("DELETE FROM answers WHERE rowid <= ?", (oldest,))
 
     def close(self) -> None:
         """Lets go of the file."""

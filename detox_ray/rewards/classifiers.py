@@ -9,6 +9,7 @@ from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ModelError
 from detox_ray.hub import why_not_loaded
 from detox_ray.records import Readings
+from detox_ray.rewards.deadline import check_deadline
 from detox_ray.rewards.evaluate_measurement import EvaluateClassifier, check_measurement
 from detox_ray.rewards.linear import LinearClassifier, check_linear
 from detox_ray.rewards.model_config import check_sequence_classifier, label_index, load_model_config
@@ -22,7 +23,10 @@ Output = Literal["logit", "logprob", "probability"]
 
 
 class Classifier(Protocol):
-    """What scores texts; neither method depends on the order or the grouping of the texts."""
+    """What scores texts; no method depends on the order or the grouping of the texts.
+
+    Those that read in batches raise DeadlineError between two of them once the time of `answer_within` is over.
+    """
 
     name: str
 
@@ -57,12 +61,12 @@ def load_classifier(config: ClassifierConfig, device: str | None = None) -> Clas
 
 
 def score_texts(configs: Sequence[ClassifierConfig], texts: Sequence[str]) -> list[dict[str, float]]:
-    """For each text the probability of toxicity by each classifier, by name, in this process.
+    """For each text, of any length, the probability of toxicity by each classifier, by name, in this process.
 
     Raises:
         ConfigError, ModelError, RewardError: as `load_classifier` and `Classifier.toxicity`.
     """
-    columns = {config.name: load_classifier(config).toxicity(list(texts)).tolist() for config in configs}
+    columns = {config.name: load_classifier(config).read(list(texts)).toxicity.tolist() for config in configs}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -216,6 +220,7 @@ class TransformersClassifier:
         logits = np.empty((len(lengths), self._model.config.num_labels))
         with torch.inference_mode():
             for start in range(0, len(order), self._config.batch_size):
+                check_deadline(self.name)
                 rows = order[start : start + self._config.batch_size]
                 batch = self._tokenizer.pad(
                     {key: [values[i] for i in rows] for key, values in encoded.items()}, return_tensors="pt"

@@ -1,8 +1,7 @@
 """`kind: perspective`: Perspective API, or any server that speaks its protocol, as a classifier.
 
 Every answer, also a refusal, is kept on disk before it is used, so an interrupted scoring goes on where it stopped and
-no text is paid for twice. A text that cannot be scored never becomes a number: `score` and `toxicity` raise, and
-`attributes`, for those who count such texts, has None in its place.
+no text is paid for twice. A text that cannot be scored never becomes a number: `score` and `toxicity` raise.
 """
 
 import math
@@ -18,6 +17,7 @@ import numpy as np
 from detox_ray.classifier_config import ClassifierConfig, PerspectiveConfig
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards.answer_cache import AnswerCache
+from detox_ray.rewards.deadline import check_deadline, seconds_left
 from detox_ray.rewards.model_config import first_line
 from detox_ray.rewards.perspective_client import EMPTY, TOO_LONG, Answer, PerspectiveClient
 from detox_ray.rewards.probability import ProbabilityClassifier
@@ -31,56 +31,55 @@ NOT_UNICODE = "NOT_UNICODE"
 class PerspectiveClassifier(ProbabilityClassifier):
     """The attribute `label` as probability of toxicity; any number of threads and processes may share its cache."""
 
-    refused: Counter[str]
-    """Texts of the last call that could not be scored, by reason."""
-
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config, self._read_label)
         self._settings = config.perspective or PerspectiveConfig()
         self._client = PerspectiveClient(config.name, self._settings, check_perspective(config))
         self._cache = _open_cache(config.name, self._settings)
-        self.refused = Counter()
 
-    def attributes(self, texts: Sequence[str]) -> list[dict[str, float] | None]:
-        """All attributes of each text, probabilities in [0, 1]; None where it was refused, see `refused`.
+    def answers(self, texts: Sequence[str]) -> list[Answer]:
+        """All attributes of each text, probabilities in [0, 1], or why it was refused.
 
         Raises:
             RewardError: the server failed more than `retries` times, or refuses the request itself (such as its key).
+            DeadlineError: nobody waits for it any more; what is under way is still kept.
         """
         answers: dict[str, Answer] = {}
         stopped = threading.Event()
         # An answer takes up to about a second, so this many requests under way use the rate up.
         threads = min(MAX_THREADS, math.ceil(self._settings.requests_per_second))
-        with ThreadPoolExecutor(threads) as pool:
+        pool = ThreadPoolExecutor(threads)
+        try:
             futures = {pool.submit(self._answer, text, stopped): text for text in dict.fromkeys(texts)}
-            try:
-                for future in as_completed(futures):
-                    answers[futures[future]] = future.result()
-            except BaseException:
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        found = [answers[text] for text in texts]
-        self.refused = Counter(answer for answer in found if isinstance(answer, str))
-        return [None if isinstance(answer, str) else answer for answer in found]
+            for future in as_completed(futures, timeout=seconds_left()):
+                answers[futures[future]] = future.result()
+        except TimeoutError:
+            check_deadline(self.name)
+            raise
+        finally:
+            stopped.set()
+            # Past the deadline, who is next need not wait for the requests under way.
+            pool.shutdown(wait=seconds_left() != 0, cancel_futures=True)
+        return [answers[text] for text in texts]
 
     def _read_label(self, texts: list[str]) -> np.ndarray:
         """`[N] float64`, the attribute that is read as toxicity; raises RewardError if a text was refused."""
-        found = [scores for scores in self.attributes(texts) if scores is not None]
-        if len(found) < len(texts):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
+        found = self.answers(texts)
+        if refused := Counter(answer for answer in found if isinstance(answer, str)):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
             raise RewardError(
-                f"classifier {self.name!r}: {len(texts) - len(found)} of {len(texts)} texts were refused ({reasons}); "
+                f"classifier {self.name!r}: {refused.total()} of {len(texts)} texts were refused ({reasons}); "
                 "leave them out, or use another classifier for such texts"
             )
-        return np.array([scores[str(self._config.label)] for scores in found])
+        return np.array([scores[str(self._config.label)] for scores in found if not isinstance(scores, str)])
 
     def _answer(self, text: str, stopped: threading.Event) -> Answer:
         """The scores of a text or why it was refused, from the cache or else from the server."""
         if reason := _unscorable(text):
             return reason
         settings = self._settings
-        key = AnswerCache.key(settings.address, sorted(settings.attributes), sorted(settings.languages), text)
+        asked = [settings.address, sorted(settings.attributes), sorted(settings.languages), text]
+        key = AnswerCache.key(*asked, *filter(None, [self._config.revision]))
         try:
             if (answer := self._cache.get(key)) is not None:
                 return answer

@@ -15,11 +15,11 @@ def model_name(config: ClassifierConfig) -> str:
 
 
 def model_revision(config: ClassifierConfig) -> str:
-    """The configured revision, else the digest of local weights, the hub's commit, or the package and its version."""
+    """The configured revision, else the digest of a local folder, the hub's commit, or the package and its version."""
     folder = Path(config.model)
     if folder.is_dir():
         digest = hashlib.sha256()
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
             with path.open("rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)

@@ -125,15 +125,18 @@ class WorkerPool:
                 parts.append(self._ask(Part(worker, prompts[first : min(first + size, end)], samples, own)))
         return parts
 
-    def result(self, part: Part) -> list[Rollout]:
+    def result(self, part: Part, timeout_s: float | None = None) -> list[Rollout]:
         """Wait for a part, prompt by prompt; a worker that died or hangs is brought back and asked again.
+
+        It hangs that does not answer for `timeout_s`, at first; after that, and by default, for `rollout.timeout_s`.
 
         Raises:
             ModelError: its engine does not start again, or the call takes the worker down every time.
         """
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            patience = self._config.timeout_s if timeout_s is None or attempt else timeout_s
             try:
-                rollouts = ray.get(part.reference, timeout=self._config.timeout_s)
+                rollouts = ray.get(part.reference, timeout=patience)
                 if self._push is None or all(rollout.adapter_version >= 0 for rollout in rollouts):
                     return rollouts
                 # It died while nobody asked, and was back on the pristine base when this part came.

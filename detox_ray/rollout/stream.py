@@ -140,7 +140,7 @@ class RolloutStream:
         self._sampled.clear()
 
     def evaluate(self, step: int, reward: float) -> None:
-        """Begin an evaluation of the adapter that is served now, if the run wants any."""
+        """Begin an evaluation of the adapter that is served now."""
         if self.evaluation is not None:
             self.evaluation.start(self.pool, step, reward)
 
@@ -179,7 +179,7 @@ class RolloutStream:
             ready, _ = ray.wait(list(waiting), timeout=self.config.timeout_s)
             for reference in ready or list(waiting):
                 position = waiting.pop(reference)
-                rollouts = self.pool.result(parts[position])
+                rollouts = self.pool.result(parts[position], None if ready else 0.0)
                 future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
                 finished[position] = (rollouts, future)
         return finished

@@ -71,9 +71,12 @@ class PartScorer:
             readable[i] = True
         scores: dict[str, np.ndarray] = {}
         for classifier in self._classifiers:
-            scores[classifier.name] = np.asarray(classifier.toxicity(texts), dtype=np.float64)
+            found = classifier.read(texts)
+            scores[classifier.name] = np.asarray(found.toxicity, dtype=np.float64)
             if scores[classifier.name].shape != (len(texts),) or not np.isfinite(scores[classifier.name]).all():
                 raise RewardError(f"classifier {classifier.name!r} did not return a number for every text")
+            if long := int((found.windows > 1).sum()):
+                noted[f"text read by {classifier.name} in several windows"] = long
         for name, values in scores.items():
             table = table.append_column(SCORE_PREFIX + name, _with_nulls(values, readable))
         spread = np.std(list(scores.values()), axis=0)

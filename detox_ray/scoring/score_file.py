@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.classifier_config import ClassifierConfig, make_classifier_absolute
 from detox_ray.cluster import ray_session
 from detox_ray.config import RayConfig
 from detox_ray.data.tables import FileSurvey, described, read_tables, require_columns, survey
@@ -26,6 +26,7 @@ from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError
 from detox_ray.metrics_file import write_atomically
 from detox_ray.placement import Capacity
 from detox_ray.rewards.classifiers import check_classifier
+from detox_ray.rewards.revision import model_revision
 from detox_ray.run_folder import CLASSIFIER_PLACEMENT
 from detox_ray.scoring.folder import SUMMARY_FILE, ScoredFolder
 from detox_ray.scoring.part_scorer import DISAGREEMENT, SCORE_PREFIX, PartScorer
@@ -137,7 +138,11 @@ class _Job:
         """What must be the same for a scoring to be continued."""
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        scorers = [c.model_dump(mode="json", exclude=set(CLASSIFIER_PLACEMENT)) for c in self.classifiers]
+        placement = {*CLASSIFIER_PLACEMENT}
+        exclude = dict.fromkeys(placement, True) | {"perspective": placement}
+        scorers = [
+            c.model_dump(mode="json", exclude=exclude) | {"exactly": model_revision(c)} for c in self.classifiers
+        ]
         return {"format": FORMAT, "file sha256": digest, "text column": self.text_column, "scorers": scorers}
 
 
@@ -244,10 +249,10 @@ def _checked(classifiers: Sequence[ClassifierConfig]) -> list[ClassifierConfig]:
         raise ConfigError(f"classifiers {names}: give one or more, each with its own name")
     for classifier in classifiers:
         check_classifier(classifier)
-    return [
-        c.model_copy(update={"model": str(Path(c.model).expanduser().resolve())}) if Path(c.model).exists() else c
-        for c in classifiers
-    ]
+    trees = [classifier.model_dump() for classifier in classifiers]
+    for tree in trees:
+        make_classifier_absolute(tree)
+    return [ClassifierConfig.model_validate(tree) for tree in trees]
 
 
 def _check_columns(path: Path, file: FileSurvey, text_column: str, classifiers: list[ClassifierConfig]) -> None:

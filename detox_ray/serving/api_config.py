@@ -1,15 +1,19 @@
 """The typed configuration of the scoring service: which classifiers, what they are called in each API, and limits."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from detox_ray.classifier_config import make_classifier_absolute
 from detox_ray.config import Config, RayConfig, RewardConfig
-from detox_ray.config_file import parse_config, parse_section, read_tree
+from detox_ray.config_file import Overrides, parse_config, parse_section, read_tree
 from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError
+from detox_ray.rewards.ensemble import with_calibrations
+from detox_ray.run_folder import RunFolder
 from detox_ray.serving.calibration_table import CalibrationTable, read_table
 
 Category = Literal[
@@ -203,25 +207,38 @@ class ApiConfig(Section):
 
 
 def load_api_config(
-    path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), calibrated: bool = True
+    source: str | Path | dict[str, Any] | None, overrides: Overrides = (), calibrated: bool = True
 ) -> ApiConfig:
-    """The service's configuration in a YAML file, or the embedded one, with dotted overrides applied.
+    """The service's configuration in a YAML file or a tree, or the embedded one, with dotted overrides applied.
 
-    The file of a training run will do: its sections `reward` and `ray` are taken, and any of the service beside them.
-    Without `calibrated` the file's `calibration` is not even looked at.
+    The file of a training run will do: its sections `reward` and `ray` are taken, with the calibrations it has fitted,
+    and any of the service beside them. Without `calibrated` the file's `calibration` is not even looked at.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
     """
-    tree = read_tree({} if path is None else path, overrides)
+    given = read_tree({} if source is None else copy.deepcopy(source))
+    tree = read_tree(given if "reward" in given else copy.deepcopy(EMBEDDED) | given, overrides)
     table = tree.pop("calibration", None)
     if "reward" in tree and tree.keys() & (Config.model_fields.keys() - ApiConfig.model_fields.keys()):
         only_service = ApiConfig.model_fields.keys() - Config.model_fields.keys()
         of_service = {key: tree.pop(key) for key in only_service & tree.keys()}
-        tree = parse_config(tree).model_dump(include={"reward", "ray"}) | of_service
+        run = parse_config(tree)
+        reward = run.reward if isinstance(source, dict | None) else _as_fitted(run.reward, Path(source).parent)
+        tree = {"reward": reward.model_dump(), "ray": run.ray.model_dump(), **of_service}
     if calibrated and table is not None:
         tree["calibration"] = read_table(table) if isinstance(table, str) else table
-    return parse_section(ApiConfig, tree)
+    tree = parse_section(ApiConfig, tree).model_dump()
+    for classifier in tree["reward"]["classifiers"]:
+        make_classifier_absolute(classifier)
+    return ApiConfig.model_validate(tree)
+
+
+def _as_fitted(reward: RewardConfig, folder: Path) -> RewardConfig:
+    """With the calibrations that the run in a folder, if it is one, has fitted."""
+    fitted = RunFolder(folder).read_calibrations() or {}
+    unfitted = {c.name for c in reward.classifiers if c.calibration == "fit"}
+    return with_calibrations(reward, {name: found for name, found in fitted.items() if name in unfitted})
 
 
 def load_keys(config: KeysConfig) -> tuple[str, ...]:
@@ -235,7 +252,7 @@ def load_keys(config: KeysConfig) -> tuple[str, ...]:
         keys += os.environ.get(config.environment, "").split(",")
     if config.file is not None:
         try:
-            lines = Path(config.file).read_text(encoding="utf-8").splitlines()
+            lines = Path(config.file).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"keys.file={config.file!r} cannot be read: {type(error).__name__}") from None
         keys += [line for line in lines if not line.lstrip().startswith("#")]

@@ -1,15 +1,19 @@
 """What the service counts, in Prometheus' format; labels never hold a text or a key."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
+from typing import cast
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class ApiMetrics:
-    """The counters of one HTTP replica."""
+    """The counters of one HTTP replica, whose name stands on each."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str = "") -> None:
+        self._replica = replica
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "detox_requests", "Requests answered, by API and HTTP status", ["api", "status"], registry=self._registry
@@ -34,4 +38,11 @@ class ApiMetrics:
 
     def exposition(self) -> bytes:
         """All of it as text."""
-        return generate_latest(self._registry)
+        return generate_latest(cast(CollectorRegistry, self))
+
+    def collect(self) -> Iterator[Metric]:
+        """What was counted, as `generate_latest` reads a registry."""
+        for metric in self._registry.collect():
+            named = [sample._replace(labels={**sample.labels, "replica": self._replica}) for sample in metric.samples]
+            metric.samples = named
+            yield metric

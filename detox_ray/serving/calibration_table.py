@@ -60,7 +60,7 @@ def read_table(path: str | Path) -> CalibrationTable:
     """
     fix = "give the calibration.yaml that detox-ray calibrate wrote"
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"calibration={path} cannot be read ({type(error).__name__}); {fix}") from None
     if not isinstance(tree, dict):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from detox_ray.cluster import OBJECT_STORE_BYTES, cluster_address
+from detox_ray.cluster import OBJECT_STORE_BYTES, check_cluster_answers, cluster_address
 from detox_ray.config import RayConfig
 from detox_ray.errors import ConfigError
 
@@ -22,7 +22,7 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
     On a cluster the caller deletes its app; Serve stays there if it ran before or others have deployed to it since.
 
     Raises:
-        ConfigError: the port is taken, or Serve already listens elsewhere or not at all.
+        ConfigError: the port is taken, Serve already listens elsewhere or not at all, or no cluster is at the address.
     """
     import ray
     from ray import serve
@@ -35,6 +35,7 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
     address = cluster_address(ray_config) or "local"
     ours = not ray.is_initialized()
     if ours:
+        check_cluster_answers(ray_config)
         local: dict[str, Any] = {}
         if address == "local":
             check_port(host, port)
@@ -85,6 +86,14 @@ def check_listening(host: str, port: int) -> None:
         raise ConfigError(
             f"http.host={host} http.port={port}: Serve already runs {running} on this Ray; ask for the same, or stop it"
         )
+
+
+def wait_for_proxies() -> None:
+    """Until every HTTP proxy routes requests to the apps that run."""
+    from ray.serve.context import _get_global_client
+
+    if (client := _get_global_client()) is not None:
+        client.wait_for_proxies_serving()
 
 
 def check_port(host: str, port: int) -> None:

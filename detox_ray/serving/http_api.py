@@ -1,7 +1,7 @@
 """The classifiers behind HTTP, in three formats; texts are never logged, stored or echoed."""
 
 import logging
-from typing import Any, cast
+from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,10 +12,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.config_section import LAB_PREFIX
-from detox_ray.data.lab import LabPart, lab_path
-from detox_ray.errors import ConfigError
+from detox_ray.config import RewardConfig
+from detox_ray.data.lab import resolve_lab
 from detox_ray.rewards.ensemble import UNCALIBRATED, with_calibrations
 from detox_ray.serving.api_config import ApiConfig, load_keys
 from detox_ray.serving.api_errors import ApiError, api_of, error_response, from_validation
@@ -46,15 +44,17 @@ class ToxicityApi:
         config: ApiConfig,
         models: dict[str, dict[str, str]],
         key_digests: tuple[bytes, ...],
+        release: str,
     ) -> None:
         self._ensemble = ensemble
         self._config = config
         self._models = models
         self._key_digests = key_digests
+        self._release = release
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        metrics = ApiMetrics()
-        scorer = TextScorer(self._ensemble, self._config, metrics)
+        metrics = ApiMetrics(serve.get_replica_context().replica_id.unique_id)
+        scorer = TextScorer(self._ensemble, self._config, metrics, self._release)
         return build_web_app(self._config, scorer, metrics, self._models, self._key_digests)
 
 
@@ -66,17 +66,27 @@ def build_web_app(
     key_digests: tuple[bytes, ...],
 ) -> FastAPI:
     """The routes of all three formats and of operations, behind the gate."""
-    web = FastAPI(title="detox_ray toxicity API", description=_description(config), docs_url=None, redoc_url=None)
+    web = FastAPI(
+        title="detox_ray toxicity API",
+        description=_description(config),
+        docs_url=None,
+        redoc_url=None,
+        # They would lead to http:// behind a proxy that speaks TLS.
+        redirect_slashes=False,
+    )
     web.include_router(score_router(config, scorer, models))
     web.include_router(perspective_router(config, scorer, metrics))
     web.include_router(moderations_router(config, scorer))
 
+    # FastAPI documents GET and HEAD as two operations of one name; the routes without HEAD are for the documentation.
     @web.get("/healthz", tags=["operations"])
+    @web.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
     async def healthz() -> dict[str, str]:
         """200 while this replica takes requests."""
         return {"status": "ok"}
 
     @web.get("/readyz", tags=["operations"])
+    @web.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
     async def readyz() -> Response:
         """200 while the classifiers answer."""
         ready = await scorer.is_ready()
@@ -128,7 +138,9 @@ def _add_error_handlers(web: FastAPI, metrics: ApiMetrics) -> None:
             404: ("not_found", "there is no such path; /docs lists them"),
             405: ("method_not_allowed", "this path takes another method; /docs lists them"),
         }.get(error.status_code, ("refused", "the request was refused"))
-        return refusal(request, ApiError(error.status_code, code, message))
+        answer = refusal(request, ApiError(error.status_code, code, message))
+        answer.headers.update(error.headers or {})  # 405: what is allowed
+        return answer
 
 
 def build_http_app(config: ApiConfig) -> serve.Application:
@@ -165,33 +177,27 @@ def build_http_app(config: ApiConfig) -> serve.Application:
         }
         for name, scale in config.replicas.items()
     }
-    return deployment(ToxicityApi).bind(build_reward_app(config.reward, scaling, drain_s), config, models, digests)
+    release = uuid4().hex
+    ensemble = build_reward_app(config.reward, scaling, drain_s, release)
+    return deployment(ToxicityApi).bind(ensemble, config, models, digests, release)
 
 
 def _resolved(config: ApiConfig) -> ApiConfig:
-    """`config` with the lab's folders, calibrations and the service's time limit in its reward section."""
+    """`config` with the lab's folders, calibrations, most replicas and our time limit in its reward section."""
     reward = config.reward
     unfitted = [c.name for c in reward.classifiers if c.calibration == "fit"]
     if unfitted:
         logger.warning("no calibration for %s: their scores are raw; use the config.yaml of a run", ", ".join(unfitted))
-    reward = with_calibrations(reward, dict.fromkeys(unfitted, UNCALIBRATED))
-    classifiers = [_resolved_classifier(c, config) for c in reward.classifiers]
+    tree = resolve_lab(with_calibrations(reward, dict.fromkeys(unfitted, UNCALIBRATED))).model_dump()
+    for classifier in tree["classifiers"]:
+        if classifier["name"] in config.replicas:
+            classifier["replicas"] = config.replicas[classifier["name"]].max
+        if classifier["perspective"] is not None:
+            # The users' texts leave no trace on a disk, not even digests.
+            classifier["perspective"]["cache"] = None
     # Later than the service's own limit, so that it is that one the answer names.
-    timeout_s = config.limits.timeout_s + GRACE_S
-    update = {"classifiers": classifiers, "text": "response", "timeout_s": timeout_s}
-    return config.model_copy(update={"reward": reward.model_copy(update=update)})
-
-
-def _resolved_classifier(classifier: ClassifierConfig, config: ApiConfig) -> ClassifierConfig:
-    update: dict[str, Any] = {}
-    if classifier.model.startswith(LAB_PREFIX):
-        part = classifier.model.removeprefix(LAB_PREFIX)
-        if part not in ("classifier", "linear"):
-            raise ConfigError(f"classifier {classifier.name!r}: {classifier.model!r} is no classifier of the lab")
-        update["model"] = str(lab_path(cast(LabPart, part)))
-    if classifier.name in config.replicas:
-        update["replicas"] = config.replicas[classifier.name].max
-    return classifier.model_copy(update=update)
+    tree |= {"text": "response", "timeout_s": config.limits.timeout_s + GRACE_S}
+    return config.model_copy(update={"reward": RewardConfig.model_validate(tree)})
 
 
 def _description(config: ApiConfig) -> str:

@@ -186,14 +186,14 @@ def _check_attribute(name: str, parameters: AttributeParameters, languages: list
     # `en-GB` is English.
     refused = [lang for lang in languages if not {lang.lower(), lang.lower().partition("-")[0]} & supported]
     if refused:
-        listed = ", ".join(language[:35] for language in refused)[:200]
+        shown = [language[:35] for language in refused[:20]]
         raise ApiError(
             422,
             "language_not_supported",
-            f"Attribute {name} does not support request languages: {listed}",
+            f"Attribute {name} does not support request languages: {', '.join(shown)[:200]}",
             field="languages",
             limit=", ".join(source.languages),
-            detail={"languageNotSupportedByAttributeError": {"attribute": name, "requestedLanguages": refused[:20]}},
+            detail={"languageNotSupportedByAttributeError": {"attribute": name, "requestedLanguages": shown}},
         )
 
 

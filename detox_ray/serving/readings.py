@@ -23,6 +23,7 @@ class TextReading:
     toxicity: dict[str, float]
     labels: dict[str, dict[str, float]]
     windows: dict[str, int]
+    releases: frozenset[str]  # of the service: more than one, or another than the asker's, while it is updated
 
 
 def text_readings(parts: Mapping[str, Sequence[Readings]], table: CalibrationTable) -> list[TextReading]:
@@ -39,12 +40,14 @@ def text_readings(parts: Mapping[str, Sequence[Readings]], table: CalibrationTab
         name: {label: np.concatenate([part.labels[label] for part in found]).tolist() for label in found[0].labels}
         for name, found in parts.items()
     }
+    releases = frozenset(part.release for found in parts.values() for part in found)
     return [
         TextReading(
             scores={name: values[i] for name, values in scores.items()},
             toxicity={name: values[i] for name, values in toxicity.items()},
             labels={name: {label: values[i] for label, values in found.items()} for name, found in labels.items()},
             windows={name: values[i] for name, values in windows.items()},
+            releases=releases,
         )
         for i in range(len(next(iter(windows.values()))))
     ]

@@ -1,5 +1,7 @@
 """What a failed call to a Serve replica says, and how soon to ask again."""
 
+import traceback
+
 from ray.exceptions import RayTaskError
 
 from detox_ray.errors import DetoxError
@@ -11,6 +13,14 @@ RESTART_POLL_S = 0.5
 def cause_of(error: BaseException) -> BaseException:
     """What was raised in the replica, when Ray brought it here."""
     return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error
+
+
+def without_message(error: BaseException) -> str:
+    """The error's type and the line that raised it."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    code = frame.f_code
+    where = f"{code.co_filename}:{line} in {code.co_name}"
+    return f"{type(error).__name__} at {where} (its message is left out: it may quote a text)"
 
 
 def described(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,15 +25,16 @@ from ray.serve.schema import ApplicationStatus
 
 from detox_ray.classifier_config import Calibration, ClassifierConfig
 from detox_ray.config import RewardConfig
-from detox_ray.errors import RewardError
+from detox_ray.errors import DetoxError, RewardError
 from detox_ray.records import Readings, Score
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
+from detox_ray.rewards.deadline import DeadlineError, answer_within
 from detox_ray.rewards.ensemble import (
     aggregate,
     calibrate,
     calibrations,
 )
-from detox_ray.serving.replica_errors import RESTART_POLL_S, cause_of, described
+from detox_ray.serving.replica_errors import RESTART_POLL_S, cause_of, described, without_message
 from detox_ray.serving.texts import texts_to_read
 
 logger = logging.getLogger(__name__)
@@ -56,10 +58,11 @@ class ClassifierDeployment:
     """One classifier; one call scores one list, and calls take turns (a fast tokenizer is not thread-safe).
 
     Serve runs each call in a thread, and the thread of a cancelled call computes on. A call whose turn does not come in
-    `left_s`, after which nobody waits for it, raises TimeoutError.
+    `left_s`, after which nobody waits for it, or that takes longer, raises DeadlineError.
     """
 
-    def __init__(self, config: ClassifierConfig) -> None:
+    def __init__(self, config: ClassifierConfig, release: str = "") -> None:
+        """`release` is put on every reading."""
         if config.kind in {"transformers", "evaluate"} and config.num_gpus == 0:
             import torch
             import transformers
@@ -69,6 +72,7 @@ class ClassifierDeployment:
         # A replica without GPUs of its own may still see the node's.
         self._classifier = load_classifier(config, device="cpu" if config.num_gpus == 0 else None)
         self._busy = threading.Lock()
+        self._release = release
 
     def score(self, texts: list[str], left_s: float | None = None) -> list[float]:
         """Uncalibrated scores, less toxic is higher."""
@@ -83,14 +87,21 @@ class ClassifierDeployment:
     def read(self, texts: list[str], left_s: float | None = None) -> Readings:
         """Score, toxicity and labels of texts of any length."""
         with self._turn(left_s):
-            return self._classifier.read(texts)
+            return replace(self._classifier.read(texts), release=self._release)
 
     @contextmanager
     def _turn(self, left_s: float | None) -> Iterator[None]:
+        start = time.monotonic()
         if not self._busy.acquire(timeout=-1 if left_s is None else left_s):
-            raise TimeoutError(f"the classifier was busy for {left_s:g} s")
+            raise DeadlineError(f"the classifier was busy for {left_s:g} s")
         try:
-            yield
+            with answer_within(None if left_s is None else left_s - (time.monotonic() - start)):
+                yield
+        except (DetoxError, DeadlineError):
+            raise
+        except Exception as error:
+            # Serve logs it, and its message may quote a text.
+            raise RewardError(without_message(error)) from None
         finally:
             self._busy.release()
 
@@ -166,7 +177,7 @@ class EnsembleDeployment:
                 failures += 1
                 if failures > self._config.retries:
                     raise RewardError(f"classifier {name!r} failed {failures} times: {described(cause)}") from None
-                logger.warning("classifier %r failed, attempt %d: %s", name, failures, type(cause).__name__)
+                logger.warning("classifier %r failed, attempt %d: %s", name, failures, described(cause))
                 await asyncio.sleep(0.1 * 2**failures)
             except TimeoutError:
                 response.cancel()
@@ -182,12 +193,16 @@ class EnsembleDeployment:
 
 
 def build_reward_app(
-    config: RewardConfig, scaling: Mapping[str, Mapping[str, Any]] | None = None, drain_s: float = 5.0
+    config: RewardConfig,
+    scaling: Mapping[str, Mapping[str, Any]] | None = None,
+    drain_s: float = 5.0,
+    release: str = "",
 ) -> serve.Application:
     """The Serve application; its ingress is the ensemble, for handles only.
 
     `scaling` holds Serve's `autoscaling_config` of the members that have one, whose `replicas` are then the most to
-    spread a list over; a replica that is stopped gets `drain_s` to finish what it has begun.
+    spread a list over; a replica that is stopped gets `drain_s` to finish what it has begun; `release` is
+    put on every reading.
 
     Raises:
         ConfigError, ModelError: a classifier cannot be loaded, as far as `check_classifier` can tell.
@@ -209,7 +224,7 @@ def build_reward_app(
                 "resources": c.resources,
                 "runtime_env": runtime_env,
             },
-        )(ClassifierDeployment).bind(c)
+        )(ClassifierDeployment).bind(c, release)
         for c in config.classifiers
     }
     return serve.deployment(

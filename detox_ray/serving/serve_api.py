@@ -3,8 +3,10 @@
 import threading
 from collections.abc import Callable
 
+from detox_ray.cluster import cluster_address, cluster_capacity, local_capacity
+from detox_ray.placement import Placement, check_placements
 from detox_ray.serving.api_config import ApiConfig
-from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_until_stopped
+from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_for_proxies, wait_until_stopped
 
 APP_NAME = "toxicity-api"
 
@@ -15,16 +17,37 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
     `on_ready` is told the address once the service takes requests.
 
     Raises:
-        ConfigError, ModelError, DataError: as `build_http_app`; or as `serve_session`.
+        ConfigError, ModelError, DataError: as `build_http_app`; or as `serve_session`; or Ray can never have what the
+            classifiers need.
+        RewardError: a classifier does not start, or not within `reward.start_timeout_s`.
     """
-    from ray import serve
+    import ray
 
     from detox_ray.serving.http_api import GRACE_S, build_http_app
+    from detox_ray.serving.reward_app import deploy_in_background, wait_until_running
 
+    needed = service_placements(config)
+    if not ray.is_initialized() and cluster_address(config.ray) is None:
+        check_placements(needed, local_capacity(config.ray))  # before anything is started
     timeout_s = config.limits.body_timeout_s + config.limits.timeout_s + GRACE_S
     with serve_session(config.ray, config.http.host, config.http.port, timeout_s) as address:
+        check_placements(needed, cluster_capacity())
         app = build_http_app(config)
         with deleted_at_the_end(APP_NAME):
-            serve.run(app, name=APP_NAME, route_prefix="/")
+            deploy_in_background(app, APP_NAME, "/")
+            wait_until_running(APP_NAME, config.reward.start_timeout_s)
+            wait_for_proxies()
             on_ready(address)
             wait_until_stopped(stop)
+
+
+def service_placements(config: ApiConfig) -> list[Placement]:
+    """What the replicas take that are always there; HTTP replicas take nothing."""
+    needed = []
+    for number, classifier in enumerate(config.reward.classifiers):
+        scaling = config.replicas.get(classifier.name)
+        count = classifier.replicas if scaling is None else scaling.min
+        each = {"CPU": classifier.num_cpus, "GPU": classifier.num_gpus, **classifier.resources}
+        each = {resource: amount for resource, amount in each.items() if amount > 0}
+        needed.append(Placement(f"classifier {classifier.name}", f"reward.classifiers.{number}", count, each))
+    return needed

@@ -33,8 +33,10 @@ READY_FOR_S = 10.0
 class TextScorer:
     """Reads texts through the ensemble's handle, for all APIs of one HTTP replica."""
 
-    def __init__(self, ensemble: DeploymentHandle, config: ApiConfig, metrics: ApiMetrics) -> None:
+    def __init__(self, ensemble: DeploymentHandle, config: ApiConfig, metrics: ApiMetrics, release: str = "") -> None:
+        """`release` is that of the classifiers whose answers may be kept; others answer during an update."""
         self._ensemble = ensemble
+        self._own = frozenset({release})
         self._config = config
         self._limits = config.limits
         self._labels: dict[str, set[str]] = {classifier.name: set() for classifier in config.reward.classifiers}
@@ -65,7 +67,8 @@ class TextScorer:
         fresh = dict(zip(missing, await self._answers(missing), strict=True))
         if remember:
             for text, reading in fresh.items():
-                self._cache.put(text, reading)
+                if reading.releases == self._own:
+                    self._cache.put(text, reading)
         return [reading or fresh[text] for text, reading in zip(texts, found, strict=True)]
 
     async def read_with_spans(

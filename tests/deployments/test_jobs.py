@@ -15,6 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.numpy import load_file
+
+from detox_ray.metrics_file import read_metrics
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -23,6 +26,10 @@ SMALL = [
     "ppo.batch_size=16", "ppo.gradient_accumulation=1", "reward.calibration_prompts=16", "evaluation.prompts=4",
     "evaluation.samples_per_prompt=1", "evaluation.every=0", "rollout.resources.rollout_node=1",
     "train.resources.learner_node=1", "reward.classifiers=[{name: lab-linear, kind: linear, model: 'lab:linear'}]",
+]  # fmt: skip
+TWO_LEARNERS = [
+    "train.total_steps=3", "train.workers=2", "train.num_cpus=0.5", "train.shard_base=true", "rollout.workers=2",
+    "rollout.max_staleness=1", "rollout.samples_per_prompt=4", "ppo.estimator=rloo",
 ]  # fmt: skip
 STATE = """
 import json, ray
@@ -85,11 +92,11 @@ def on_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     # Nodes of one machine would share what is unpacked for a job, and delete it under each other.
     head = [
         *common, "--temp-dir", str(folder / "a"), "--head", "--port", port, "--dashboard-port", dashboard,
-        "--include-dashboard", "true", "--ray-client-server-port", free_port(), "--resources", '{"learner_node": 2}',
+        "--include-dashboard", "true", "--ray-client-server-port", free_port(), "--resources", '{"learner_node": 3}',
     ]  # fmt: skip
     node = [
         *common, "--temp-dir", str(folder / "b"), "--address", f"127.0.0.1:{port}",
-        "--resources", '{"rollout_node": 2}',
+        "--resources", '{"rollout_node": 3}',
     ]  # fmt: skip
     connected = {
         **environment,
@@ -157,11 +164,15 @@ def test_two_jobs_at_once_and_one_of_them_stopped(on_cluster: Command, tmp_path:
 
     long = submit(on_cluster, "long", f"output_dir={tmp_path}", *SMALL, "train.total_steps=500", wait=False)
     assert long.returncode == 0, long.stderr
-    short = submit(on_cluster, "short", f"output_dir={tmp_path}", *SMALL, "train.total_steps=2", wait=True)
+    short = submit(on_cluster, "short", f"output_dir={tmp_path}", *SMALL, *TWO_LEARNERS, wait=True)
     assert short.returncode == 0, short.stdout + short.stderr
-    assert "step 2/2" in short.stdout
+    assert "step 3/3" in short.stdout
     assert "Mean toxicity" in short.stdout
+    lines = read_metrics(tmp_path / "short" / "metrics.jsonl")
+    assert [(line["step"], line["staleness"]) for line in lines] == [(0, 0), (1, 1), (2, 1)]
     assert (tmp_path / "short" / "adapter" / "adapter_config.json").exists()
+    tensors = load_file(tmp_path / "short" / "adapter" / "adapter_model.safetensors")
+    assert all(abs(tensor).max() > 0 for tensor in tensors.values())
 
     steps = tmp_path / "long" / "metrics.jsonl"
     count = wait_for(lambda: steps.exists() and len(steps.read_text().splitlines()), "a step of the long run")

@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from detox_ray import load_config
-from detox_ray.config_file import parse_section
 from detox_ray.placement import Capacity, check_placements, placements
-from detox_ray.serving.api_config import ApiConfig
+from detox_ray.serving.api_config import load_api_config
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "deployments" / "kuberay"
@@ -92,11 +91,14 @@ def test_the_services_application_is_one_that_serve_and_we_accept() -> None:
     deployed = ServeDeploySchema.model_validate(yaml.safe_load(manifest("RayService")["spec"]["serveConfigV2"]))
     module = importlib.import_module(deployed.applications[0].import_path.partition(":")[0])
     assert callable(module.app)
-    config_map = manifest("ConfigMap")
-    [mount] = manifest("RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["volumes"]
-    assert mount["configMap"]["name"] == config_map["metadata"]["name"]
-    file = Path(deployed.applications[0].args["config"]).name
-    assert parse_section(ApiConfig, yaml.safe_load(config_map["data"][file])).keys.environment == "DETOX_RAY_API_KEYS"
+    config = load_api_config(deployed.applications[0].args["config"])
+    assert config.keys.environment == "DETOX_RAY_API_KEYS"
+    cluster = manifest("RayService")["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        assert config.keys.environment in {variable["name"] for variable in container["env"]}
+    # A file there would be another version, for a while, than the application that is built from it.
+    assert "configMap" not in json.dumps(cluster)
 
 
 @pytest.mark.unit

@@ -57,10 +57,12 @@ evaluation:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_fine_tuned_then_detoxified(folder: Path, tiny_t5: str) -> None:
+def test_fine_tuned_then_detoxified(folder: Path, tiny_t5: str, capsys: pytest.CaptureFixture[str]) -> None:
     tuning = fine_tune(load_sft_config(folder / "sft.yaml"), quiet=True)
     assert tuning["dev_loss"] < tuning["dev_loss_before"]
     evaluation = train(load_config(folder / "train.yaml"), quiet=True)
+    assert capsys.readouterr().out == ""
+    assert evaluation == json.loads((folder / "run" / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(line["logprob_gap_max"] < 1e-3 for line in lines)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from profanity_check import predict_prob
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from detox_ray.cli import app
 from detox_ray.data.lab import lab_path
 from detox_ray.evaluation.responses import read_generations
 
@@ -28,9 +31,11 @@ COMMAND = str(Path(sys.executable).with_name("detox-ray"))
 PROMPTS, SAMPLES = 24, 3
 
 
-def run(*arguments: str | Path, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
-    command = [COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False)
+def run(*arguments: str | Path) -> str:
+    """What `detox-ray` prints, in this process."""
+    done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,12 @@ def meter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "systems": systems,
         "data": {"source": "lab:prompts"},
         "prompts": PROMPTS,
-        "rollout": {"samples_per_prompt": SAMPLES, "max_new_tokens": 12, "num_cpus": 0.5},
+        "rollout": {
+            "engine": "transformers",
+            "samples_per_prompt": SAMPLES,
+            "max_new_tokens": 12,
+            "num_cpus": 0.5,
+        },
         "perplexity_model": policy,
         "bootstrap_resamples": 200,
     }
@@ -61,7 +71,7 @@ def meter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed_and_continued(meter: Path) -> tuple[bytes, str]:
+def killed_and_continued(meter: Path, local_ray: Path) -> tuple[bytes, str]:
     """What was on disk when the evaluation was killed, and what the second command printed."""
     arguments = [COMMAND, "evaluate", str(meter / "meter.yaml")]
     first = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
@@ -78,10 +88,9 @@ def killed_and_continued(meter: Path) -> tuple[bytes, str]:
     # A reader of the file after the kill would see what was there before it, and more.
     witness = meter / "witness"
     os.link(found[0], witness)
-    second = run("evaluate", meter / "meter.yaml")
-    assert second.returncode == 0, second.stdout + second.stderr
+    printed = run("evaluate", meter / "meter.yaml")
     assert witness.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
-    return witness.read_bytes(), second.stdout
+    return witness.read_bytes(), printed
 
 
 def test_killed_and_continued_every_prompt_is_answered_once(
@@ -117,12 +126,11 @@ def test_a_file_of_responses_with_scores_of_its_own(tmp_path: Path) -> None:
         rows.writerow(["prompts", "responses", "prompt_score", "response_score", "pro_API_response_score"])
         rows.writerow(["hello there", "you fool", "0.1", "0.9", "0.8"])
         rows.writerow(["good\nmorning", "how are you", "0.7", "0.2", "0.1"])
-    done = run(
+    run(
         "evaluate", path, f"output_dir={tmp_path}", "systems.0.columns.prompt=prompts",
         "systems.0.columns.response=responses", "systems.0.columns.prompt_score=prompt_score",
         "systems.0.columns.scores={hate: response_score, perspective: pro_API_response_score}",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
     evaluation = json.loads((tmp_path / "evaluation-published" / "evaluation.json").read_text())
     assert evaluation["scorers"] == ["alt-profanity-check", "hate", "perspective"]
     by_scorer = {n: s["published"]["all"]["mean_toxicity"]["value"] for n, s in evaluation["by_scorer"].items()}
@@ -132,13 +140,13 @@ def test_a_file_of_responses_with_scores_of_its_own(tmp_path: Path) -> None:
     assert evaluation["splits"] == {"all": 2, "toxic": 1, "nontoxic": 1}
 
 
-def test_folders_side_by_side(killed_and_continued: tuple[bytes, str], meter: Path, tmp_path: Path) -> None:
-    twice = run("compare", meter / "two", meter / "two", "--output", tmp_path / "both")
-    assert twice.returncode == 2
-    assert "is named twice" in twice.stderr
+def test_folders_side_by_side(
+    killed_and_continued: tuple[bytes, str], meter: Path, tmp_path: Path, refused_line: Callable[..., str]
+) -> None:
+    folder, output = str(meter / "two"), str(tmp_path / "both")
+    assert "is named twice" in refused_line("compare", folder, folder, "--output", output)
     again = shutil.copytree(meter / "two", tmp_path / "again", symlinks=True)
-    compared = run("compare", meter / "two", again, "--output", tmp_path / "both")
-    assert compared.returncode == 0, compared.stdout + compared.stderr
+    run("compare", folder, again, "--output", output)
     evaluation = json.loads((tmp_path / "both" / "evaluation.json").read_text())
     assert list(evaluation["systems"]) == ["changed", "lab policy", "again lab policy"]
     assert (tmp_path / "both" / "report.html").exists()

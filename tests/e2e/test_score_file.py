@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +19,38 @@ import pytest
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.lab import lab_path
+from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards.classifiers import load_classifier
-from detox_ray.scoring.score_file import CHUNK_ROWS
+from detox_ray.scoring.score_file import CHUNK_ROWS, score_file
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("local_ray")]
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
-import json, sys
+import sys
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.errors import DetoxError
 from detox_ray.scoring.score_file import score_file
 if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    classifiers = [ClassifierConfig(**c) for c in arguments.pop("classifiers")]
-    try:
-        summary = score_file(classifiers=classifiers, **arguments)
-    except DetoxError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    print(json.dumps(summary))
+    slow = ClassifierConfig(name="slow", kind="linear", model="slow:toxicity")
+    score_file(sys.argv[1], sys.argv[2], [slow], workers=2, quiet=True)
 """
-LINEAR = {"name": "linear", "kind": "linear", "model": "profanity_check:predict_prob"}
+LAB = ClassifierConfig(name="lab", kind="transformers", model=str(lab_path("classifier")), label="rude")
+LINEAR = ClassifierConfig(name="linear", kind="linear", model="profanity_check:predict_prob")
 # Takes 2 ms a text, and writes down which rows it was asked for; the texts are the numbers of the rows.
 SLOW = """
-import os, time
+import pathlib, time
 def toxicity(texts):
     time.sleep(0.002 * len(texts))
-    with open(os.environ["ASKED"], "a") as file:
+    with pathlib.Path(__file__).with_name("asked").open("a") as file:
         file.write("".join(f"{text}\\n" for text in texts))
     return [int(text) % 8 / 8 for text in texts]
 """
-SLOW_SCORER = {"name": "slow", "kind": "linear", "model": "slow:toxicity"}
-
-
-def command(**arguments: Any) -> list[str]:
-    return [sys.executable, "-c", SCRIPT, json.dumps(arguments, default=str)]
-
-
-def run(
-    timeout_s: float = 900, env: dict[str, str] | None = None, **arguments: Any
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **(env or {})}
-    return subprocess.run(
-        command(**arguments), capture_output=True, text=True, timeout=timeout_s, check=False, env=environment, cwd=ROOT
-    )
-
-
-def summary_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def lab_transformer() -> dict[str, Any]:
-    return {"name": "lab", "kind": "transformers", "model": str(lab_path("classifier")), "label": "rude"}
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path, dict[str, Any], str]:
-    """The rows of a file with everything that can be wrong with one, its folder of scores, the summary, the errors."""
+def scored(
+    local_ray: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], Path, dict[str, Any], str]:
+    """The rows of a file with all that can be wrong with one, its folder of scores, the summary, what was printed."""
     words = ["you", "fool", "thank", "friend", "the", "idea", "is", "stupid", "kind"]
     texts: list[str | None] = [" ".join(words[i % 9 :] * (1 + i % 5)) for i in range(1000)]
     texts[3], texts[500], texts[501], texts[999] = None, "", "nice day " * 20_000, "a nul \0 and 🙂"
@@ -81,15 +59,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any
     lines = [json.dumps(row).encode() for row in rows]
     lines.insert(700, b'{"id": -1, "reply": {"text": "caf\xe9"}}')
     (folder / "texts.jsonl").write_bytes(b"\n".join(lines))
-    result = run(
-        path=folder / "texts.jsonl",
-        output=folder / "out",
-        classifiers=[lab_transformer(), LINEAR],
-        text_column="reply.text",
-        workers=2,
-        quiet=True,
-    )
-    return rows, folder / "out", summary_of(result), result.stderr
+    with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
+        summary = score_file(folder / "texts.jsonl", folder / "out", [LAB, LINEAR], "reply.text", workers=2, quiet=True)
+    return rows, folder / "out", summary, printed.getvalue()
 
 
 def test_scores_are_those_of_the_classifiers_called_directly(scored: Any) -> None:
@@ -99,7 +71,7 @@ def test_scores_are_those_of_the_classifiers_called_directly(scored: Any) -> Non
     texts = [row["reply"]["text"] for row in rows]
     kept = [i for i, text in enumerate(texts) if text is not None]
     by_scorer = {}
-    for config in (ClassifierConfig(**lab_transformer()), ClassifierConfig(**LINEAR)):  # type: ignore[arg-type]  # values of several types
+    for config in (LAB, LINEAR):
         direct = load_classifier(config, "cpu").toxicity([texts[i][:100_000] for i in kept])
         column = table[f"toxicity/{config.name}"].to_numpy()
         assert np.flatnonzero(np.isnan(column)).tolist() == [3]
@@ -124,7 +96,11 @@ def test_the_summary_counts_what_was_wrong(scored: Any) -> None:
     table = pq.read_table(folder)
     assert summary["rows"] == 1000
     assert summary["left_out"] == {"not UTF-8 (first in line 701)": 1, "null text": 1}
-    assert summary["noted"] == {"empty text, scored": 1, "text scored on its first 100,000 characters": 1}
+    assert summary["noted"] == {
+        "empty text, scored": 1,
+        "text scored on its first 100,000 characters": 1,
+        "text read by lab in several windows": 1,
+    }
     for name in ("lab", "linear"):
         column = table[f"toxicity/{name}"].drop_null().to_numpy()
         assert summary["scorers"][name]["scored"] == 999
@@ -135,23 +111,13 @@ def test_the_summary_counts_what_was_wrong(scored: Any) -> None:
 
 def test_a_finished_scoring_is_not_repeated_and_another_is_refused(scored: Any) -> None:
     _, folder, summary, _ = scored
-    arguments = {"path": folder.parent / "texts.jsonl", "output": folder, "text_column": "reply.text"}
+    arguments = (folder.parent / "texts.jsonl", folder)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
-    started = time.monotonic()
-    again = summary_of(run(**arguments, classifiers=[lab_transformer(), LINEAR]))
+    again = score_file(*arguments, [LAB, LINEAR], "reply.text")
     assert again == summary | {"rows_per_s": None}
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")} == before
-    other = run(**arguments, classifiers=[LINEAR])
-    assert other.returncode == 1
-    assert other.stderr.startswith("ConfigError:")
-    assert "is of another scoring: its scorers is" in other.stderr
-    assert time.monotonic() - started < 60
-
-
-def start(folder: Path, arguments: dict[str, Any], asked: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "ASKED": asked}
-    with open(folder / "run.log", "ab") as log:
-        return subprocess.Popen(command(**arguments), stdout=log, stderr=log, env=environment, cwd=ROOT)
+    with pytest.raises(ConfigError, match="is of another scoring: its scorers is"):
+        score_file(*arguments, [LINEAR], "reply.text")
 
 
 def wait_for_parts(output: Path, number: int, timeout_s: float = 600) -> None:
@@ -168,13 +134,25 @@ def processes_of(driver: psutil.Process) -> list[psutil.Process]:
     return [p for p, title in titled if title and not title.startswith(agents) and "agent.py" not in title]
 
 
-def test_a_killed_scoring_continues_without_a_row_twice_or_missing(tmp_path: Path) -> None:
-    rows, output = 24 * CHUNK_ROWS + 17, tmp_path / "out"
-    (tmp_path / "slow.py").write_text(SLOW)
-    (tmp_path / "texts.csv").write_text("row,text\n" + "".join(f"{i},{i}\n" for i in range(rows)))
-    arguments = {"path": tmp_path / "texts.csv", "output": output, "classifiers": [SLOW_SCORER], "workers": 2}
-    first = start(tmp_path, arguments, str(tmp_path / "first"))
+def kill_a_worker(output: Path, parts: int) -> None:
+    """As soon as so many parts are there."""
+    wait_for_parts(output, parts)
+    workers = [p for p in processes_of(psutil.Process()) if "PartScorer" in p.cmdline()[0]]
+    # Those of a scoring before may still be there.
+    max(workers, key=psutil.Process.create_time).send_signal(signal.SIGKILL)
+
+
+def test_a_killed_scoring_continues_without_a_row_twice_or_missing(modules: Path, tmp_path: Path) -> None:
+    rows, texts, output = 24 * CHUNK_ROWS + 17, tmp_path / "texts.csv", tmp_path / "out"
+    (modules / "slow.py").write_text(SLOW)
+    texts.write_text("row,text\n" + "".join(f"{i},{i}\n" for i in range(rows)))
+    log = tmp_path / "first.log"
+    with log.open("wb") as file:
+        environment = {**os.environ, "PYTHONPATH": f"{modules}:{os.environ.get('PYTHONPATH', '')}"}
+        command = [sys.executable, "-c", SCRIPT, str(texts), str(output)]
+        first = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
     wait_for_parts(output, 4)
+    assert log.read_text() == ""
     driver = psutil.Process(first.pid)
     started = processes_of(driver)
     driver.send_signal(signal.SIGKILL)
@@ -183,35 +161,33 @@ def test_a_killed_scoring_continues_without_a_row_twice_or_missing(tmp_path: Pat
     assert not [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     finished = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in output.glob("part-*")}
     assert 4 <= len(finished) < 25
+    (modules / "asked").unlink()
 
-    second = start(tmp_path, arguments, str(tmp_path / "second"))
     # One of its workers is killed as well, and is started again.
-    wait_for_parts(output, len(finished) + 2)
-    workers = [p for p in processes_of(psutil.Process(second.pid)) if "PartScorer" in p.cmdline()[0]]
-    workers[0].send_signal(signal.SIGKILL)
-    assert second.wait(timeout=600) == 0, (tmp_path / "run.log").read_text()
+    with ThreadPoolExecutor(1) as killer:
+        killed = killer.submit(kill_a_worker, output, len(finished) + 2)
+        slow = ClassifierConfig(name="slow", kind="linear", model="slow:toxicity")
+        summary = score_file(texts, output, [slow], workers=2)
+    killed.result()
 
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in finished} == finished
     table = pq.read_table(output)
     assert table["row"].to_pylist() == [str(i) for i in range(rows)]
     assert table["toxicity/slow"].to_pylist() == [i % 8 / 8 for i in range(rows)]
     done_before = {text for path in finished for text in pq.read_table(path)["text"].to_pylist()}
-    asked_again = set((tmp_path / "second").read_text().split())
+    asked_again = set((modules / "asked").read_text().split())
     assert done_before.isdisjoint(asked_again)
-    summary = json.loads((output / "_summary.json").read_text())
+    assert json.loads((output / "_summary.json").read_text()) | {"rows_per_s": None} == summary | {"rows_per_s": None}
     assert summary["rows"] == rows
     assert summary["scorers"]["slow"]["scored"] == rows
 
 
-def test_a_classifier_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "failing.py").write_text("def toxicity(texts):\n    return [float('nan')] * len(texts)\n")
+def test_a_classifier_that_fails_is_named_in_one_line(modules: Path, tmp_path: Path) -> None:
+    (modules / "mended.py").write_text("def toxicity(texts):\n    return [float('nan')] * len(texts)\n")
     (tmp_path / "texts.csv").write_text("text\nyou fool\n")
-    scorer = {"name": "weak", "kind": "linear", "model": "failing:toxicity"}
-    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    arguments = {"path": tmp_path / "texts.csv", "output": tmp_path / "out", "classifiers": [scorer], "workers": 1}
-    failed = run(env=environment, **arguments)
-    assert failed.returncode == 1
-    assert failed.stderr.strip() == "RewardError: classifier 'weak' returned 1 values that are not finite"
-    (tmp_path / "failing.py").write_text("def toxicity(texts):\n    return [0.25] * len(texts)\n")
-    summary = summary_of(run(env=environment, **arguments))
+    weak = ClassifierConfig(name="weak", kind="linear", model="mended:toxicity")
+    with pytest.raises(RewardError, match=r"^classifier 'weak' returned 1 values that are not finite\Z"):
+        score_file(tmp_path / "texts.csv", tmp_path / "out", [weak], workers=1)
+    (modules / "mended.py").write_text("def toxicity(texts):\n    return [0.25] * len(texts)\n")
+    summary = score_file(tmp_path / "texts.csv", tmp_path / "out", [weak], workers=1)
     assert summary["scorers"]["weak"]["mean_toxicity"] == 0.25

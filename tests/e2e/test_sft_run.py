@@ -12,11 +12,13 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from detox_ray.cli import app
 from detox_ray.data.example_split import load_examples
 from detox_ray.learner.sft import SFT, BucketedBatches
 from detox_ray.metric_names import TUNING
-from detox_ray.policy.adapter import Adapter, load_adapter
+from detox_ray.policy.adapter import load_adapter
 from detox_ray.policy.load import end_token_ids, load_tokenizer
 from detox_ray.policy.policy import Policy
 from detox_ray.sft_config import SFTConfig, load_sft_config
@@ -45,8 +47,8 @@ train: {{total_steps: {STEPS}, batch_size: 32, evaluate_every: {EVERY}, learning
     return path
 
 
-def undisturbed(config: SFTConfig) -> tuple[list[float], Adapter]:
-    """The losses of all steps and the best adapter, made in this process without Ray."""
+def undisturbed(config: SFTConfig) -> tuple[list[float], SFT]:
+    """The losses of all steps and the learner after them, in this process without Ray."""
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(config.policy)
     examples = load_examples(config.data, tokenizer, end_token_ids(config.policy, tokenizer), config.seed)
@@ -54,14 +56,15 @@ def undisturbed(config: SFTConfig) -> tuple[list[float], Adapter]:
     policy = Policy(config.policy, torch.device("cpu"), config.seed)
     sft = SFT(policy, config.train, config.train.microbatch_tokens, int(tokenizer.pad_token_id), STEPS, config.seed)
     sft.look(examples.dev, 0)
-    losses, best = [], policy.adapter(0)
+    losses: list[float] = []
     for step in range(STEPS):
         losses.append(sft.update(batches(step), step)["loss"])
-        if (step + 1) % EVERY == 0 and sft.look(examples.dev, step + 1):
-            best = policy.adapter(step + 1)
-    return losses, best
+        if (step + 1) % EVERY == 0:
+            sft.look(examples.dev, step + 1)
+    return losses, sft
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_killed_run_continues_as_the_run_it_would_have_been(config: Path, tiny_model: str) -> None:
     folder = config.parent / "killed"
     command = [str(Path(sys.executable).with_name("detox-ray")), "sft", str(config)]
@@ -75,21 +78,21 @@ def test_a_killed_run_continues_as_the_run_it_would_have_been(config: Path, tiny
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not (folder / "fine_tuning.json").exists()
-    second = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert second.returncode == 0, second.stdout + second.stderr
+    second = CliRunner().invoke(app, ["sft", str(config)], catch_exceptions=False)
+    assert second.exit_code == 0, second.output
     assert f"step {STEPS}/{STEPS}" in second.stdout
 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    losses, best = undisturbed(load_sft_config(config))
+    losses, sft = undisturbed(load_sft_config(config))
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert {name for line in lines for name in line} == TUNING.keys()
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
     result = json.loads((folder / "fine_tuning.json").read_text())
     assert result["dev_loss"] == min(line["dev_loss"] for line in lines if "dev_loss" in line)
     assert result["dev_loss"] < result["dev_loss_before"] - 0.1
-    assert result["best_steps"] == best.version
+    assert result["best_steps"] == sft.dev_loss.best_steps
     for name, tensor in load_adapter(folder / "adapter").tensors.items():
-        assert abs(tensor - best.tensors[name]).max() < 1e-4
+        assert abs(tensor - sft.best.tensors[name]).max() < 1e-4
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.arange(2, 40)[None]

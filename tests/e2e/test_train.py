@@ -1,7 +1,6 @@
-"""The whole run on the offline lab by the command line: killed, continued, evaluated again; and by the Python API."""
+"""The whole run on the offline lab by the command line: killed, continued, evaluated again, failed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -49,10 +47,6 @@ SMALL = [
 ]
 
 
-def run(arguments: list[str], timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False)
-
-
 def wait_for_steps(metrics: Path, steps: int, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
@@ -80,7 +74,7 @@ class Continued:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Continued:
+def killed(local_ray: Path, tmp_path_factory: pytest.TempPathFactory) -> Continued:
     """A run whose learner was killed after step 3 and whose driver after step 5, continued from a moved folder."""
     output = tmp_path_factory.mktemp("runs")
     with open(output / "first.log", "w", encoding="utf-8") as log:
@@ -103,8 +97,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Continued:
     assert not left, f"left behind: {[p.cmdline() for p in left]}"
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (output / "killed").rename(elsewhere / "moved")
-    second = run([*COMMAND, "name=moved", f"output_dir={elsewhere}", *SMALL])
-    assert second.returncode == 0, second.stdout + second.stderr
+    arguments = [*COMMAND[1:], "name=moved", f"output_dir={elsewhere}", *SMALL]
+    second = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert second.exit_code == 0, second.output
     return Continued(elsewhere / "moved", second.stdout, before)
 
 
@@ -200,53 +195,24 @@ def test_a_complete_run_is_not_run_again_and_not_overwritten(
 def test_an_evaluation_can_be_repeated(killed: Continued, refused_line: Callable[..., str]) -> None:
     folder = killed.folder
     before = json.loads((folder / "evaluation.json").read_text())
-    again = run([COMMAND[0], "evaluate", str(folder)])
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = CliRunner().invoke(app, ["evaluate", str(folder)], catch_exceptions=False)
+    assert again.exit_code == 0, again.output
     after = json.loads((folder / "evaluation.json").read_text())
     assert after["base"]["mean_toxicity"] == pytest.approx(before["base"]["mean_toxicity"], abs=1e-6)
     assert after["tuned"]["mean_toxicity"] == pytest.approx(before["tuned"]["mean_toxicity"], abs=1e-6)
     assert "the run holds out 200 prompts" in refused_line("evaluate", str(folder), "prompts=9999")
 
 
-def test_python_api_two_learners_stale_rollouts_on_the_transformers_engine(tmp_path: Path) -> None:
-    settings = [
-        "name=api", f"output_dir={tmp_path}", *SMALL, "train.total_steps=3", "train.workers=2", "train.num_cpus=0.5",
-        "train.threads=1", "train.shard_base=true", "rollout.engine=transformers", "rollout.workers=2",
-        "rollout.max_staleness=1", "rollout.samples_per_prompt=4", "ppo.estimator=rloo", "policy.quantization=none",
-        "evaluation.every=0", "reward.classifiers=[{name: lab-linear, kind: linear, model: 'lab:linear'}]",
-    ]  # fmt: skip
-    code = f"""
-from detox_ray import load_config, train
-if __name__ == "__main__":
-    evaluation = train(load_config("configs/laptop.yaml", {settings!r}), quiet=True)
-    assert evaluation["prompts"] == 16
-"""
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    result = run([sys.executable, str(script)])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == ""
-    lines = [json.loads(line) for line in (tmp_path / "api" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
-    assert [line["staleness"] for line in lines] == [0, 1, 1]
-    tensors = load_file(tmp_path / "api" / "adapter" / "adapter_model.safetensors")
-    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
-
-
-def test_a_classifier_that_fails_stops_the_run_with_its_name(tmp_path: Path) -> None:
-    (tmp_path / "failing.py").write_text(
+@pytest.mark.usefixtures("local_ray")
+def test_a_classifier_that_fails_stops_the_run_with_its_name(
+    modules: Path, tmp_path: Path, refused_line: Callable[..., str]
+) -> None:
+    (modules / "fails_later.py").write_text(
         "calls = 0\n\n\ndef toxicity(texts):\n    global calls\n    calls += 1\n"
         "    if calls > 2:\n        raise OSError('no more')\n    return [len(t) % 7 / 7 for t in texts]\n"
     )
     settings = [
         "name=failing", f"output_dir={tmp_path}", *SMALL, "reward.retries=1",
-        "reward.classifiers=[{name: weak, kind: linear, model: 'failing:toxicity'}]", "rollout.engine=transformers",
+        "reward.classifiers=[{name: weak, kind: linear, model: 'fails_later:toxicity'}]", "rollout.engine=transformers",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(
-        [*COMMAND, *settings], capture_output=True, text=True, timeout=900, cwd=ROOT, check=False, env=environment
-    )
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert result.stderr.startswith("error: ")
-    assert "'weak'" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert "'weak'" in refused_line(*COMMAND[1:], *settings)

@@ -8,9 +8,11 @@ from detox_ray.evaluation.analysis_figures import (
     FELL_RGB,
     FULL_OPACITY,
     ROSE_RGB,
+    Word,
     analysis_section,
     coloured_tokens,
 )
+from detox_ray.evaluation.tables import Cell
 
 pytestmark = pytest.mark.unit
 
@@ -126,35 +128,34 @@ def test_sentences_say_what_moved_and_what_did_not(analysis):
     analysis["relevance"]["changes"] = {"tuned": interval(-0.2)}
     section = analysis_section(analysis)
     assert "similarity of tuned's responses to their prompts fell by 0.20" in section.summary[-1]
-    assert section.tables[0].rows[-1][0] == "Similarity of prompt and response (encoder)"
+    assert section.measures.rows[-1].label == "Similarity of prompt and response (encoder)"
 
 
 def test_tables_hold_the_numbers(analysis):
-    measures, less, more = analysis_section(analysis).tables
-    assert measures.columns == ["Measure", "base", "tuned", "change, tuned"]
-    assert all(len(row) == 4 for row in measures.rows)
-    toxic = next(row for row in measures.rows if "toxic" in row[0])
-    assert toxic[0] == "Log-probability of base's toxic responses (20), nats a token"
-    assert toxic[3] == f"{MINUS}2.00<small>{MINUS}2.10 to {MINUS}1.90</small>"
-    assert next(row for row in measures.rows if "civil" in row[0])[1:] == ["n/a"] * 3
-    assert measures.rows[0][0] == "Log-probability of base's responses (20), nats a token"
-    entropy = next(row for row in measures.rows if row[0] == "Attribution entropy over the prompt")
-    assert entropy[3] == f"+0.00<small>{MINUS}0.10 to +0.10</small>"
+    section = analysis_section(analysis)
+    measures, (less, more) = section.measures, section.words
+    assert [column.label for column in measures.columns] == ["Measure", "base", "tuned", "change, tuned"]
+    cells = {row.label: row.cells for row in measures.rows}
+    assert all(len(row) == 3 for row in cells.values())
+    toxic = cells["Log-probability of base's toxic responses (20), nats a token"]
+    assert toxic[2] == Cell(f"{MINUS}2.00", f"{MINUS}2.10 to {MINUS}1.90")
+    assert cells["Log-probability of base's civil responses (0), nats a token"] == (Cell("n/a"),) * 3
+    assert measures.rows[0].label == "Log-probability of base's responses (20), nats a token"
+    assert cells["Attribution entropy over the prompt"][2] == Cell("+0.00", f"{MINUS}0.10 to +0.10")
     assert "3 empty response" in measures.note
     assert "8 of them" in measures.note
-    assert less.rows == [[Markup('<span class="veiled" tabindex="0">fool</span>'), f"{MINUS}2.50", "6"]]
-    assert more.rows == [["day", "+1.25", "9"]]
-    assert not isinstance(more.rows[0][0], Markup)
+    assert less.words == [Word("fool", f"{MINUS}2.50", "6", is_veiled=True)]
+    assert more.words == [Word("day", "+1.25", "9", is_veiled=False)]
 
 
-def test_words_that_nobody_judged_are_veiled_and_escaped(analysis):
+def test_words_that_nobody_judged_are_veiled(analysis):
     analysis["judge"] = None
     analysis["words"]["systems"]["tuned"]["more_likely"] = [{"word": "<b>", "shift": 1.0, "count": 5, "toxic": None}]
-    table = analysis_section(analysis).tables[-1]
-    assert table.rows[0][0] == '<span class="veiled" tabindex="0">&lt;b&gt;</span>'
+    table = analysis_section(analysis).words[-1]
+    assert table.words == [Word("<b>", "+1.00", "5", is_veiled=True)]
     assert "all are veiled" in table.note
     analysis["words"]["systems"]["tuned"]["more_likely"] = []
-    assert len(analysis_section(analysis).tables) == 2
+    assert len(analysis_section(analysis).words) == 1
 
 
 def test_figures_show_the_numbers(analysis):
@@ -176,9 +177,6 @@ def test_a_hostile_name_stays_text(analysis):
     hostile = json.loads(json.dumps(analysis).replace('"tuned"', json.dumps(ATTACK)))
     section = analysis_section(hostile)
     assert "<script>" not in "".join(figure.spec for figure in section.figures)
-    cells = [cell for table in section.tables for row in table.rows for cell in row if isinstance(cell, Markup)]
-    assert cells
-    assert not any("<script>" in cell for cell in cells)
     assert section.examples[0].heading.startswith("A response of base that fell most: ")
     assert not isinstance(section.examples[0].heading, Markup)
 
@@ -195,6 +193,7 @@ def test_several_tuned_systems_have_a_colour_each(analysis):
     section = analysis_section(more)
     spec = json.loads(section.figures[0].spec)
     assert len({trace["marker"]["color"] for trace in spec["data"]}) == 3
-    assert section.tables[0].columns == ["Measure", "base", "tuned", "third", "change, tuned", "change, third"]
+    headings = [column.label for column in section.measures.columns]
+    assert headings == ["Measure", "base", "tuned", "third", "change, tuned", "change, third"]
     assert len(section.examples) == 2
     assert len(section.summary) == 6

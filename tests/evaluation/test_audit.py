@@ -16,7 +16,8 @@ from detox_ray import cli
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.cases import CaseColumns, read_cases
 from detox_ray.errors import ConfigError, DataError, ModelError
-from detox_ray.evaluation.audit import audit_cases, audit_table, run_audit, write_audit
+from detox_ray.evaluation.audit import audit_cases, run_audit
+from detox_ray.evaluation.audit_report import audit_table, write_audit
 from detox_ray.evaluation.group_toxicity import NO_GROUP
 from detox_ray.evaluation.responses import SCHEMA
 

@@ -193,6 +193,13 @@ def test_a_base_without_toxicity_gives_null_and_not_nan(make_rollouts):
     assert "perplexity" not in content["tuned"]
 
 
+def test_repetition_by_hand(make_rollouts):
+    """Four bigrams, two of them new; one token has none."""
+    system = group_rollouts("base", make_rollouts([["one two one two one"], ["seven"]]), PROMPTS, [END_ID])
+    content = compare([score_responses(system, [Zero()], None)], Protocol(["zero"], 0, 100))
+    assert content["systems"]["base"]["all"]["repetition"]["value"] == pytest.approx((0.5 + 0) / 2)
+
+
 def test_nothing_after_the_end_token_counts(make_rollouts):
     plain = make_rollouts([["one two three"]])
     padded = [replace(r, response_ids=np.append(r.response_ids, [9, 9])) for r in plain]
@@ -216,6 +223,24 @@ def test_what_cannot_be_paired_is_refused(make_rollouts):
         group("ragged", [["a", "b"], ["c"]])
     with pytest.raises(DataError, match="no responses"):
         group_rollouts("none", [], PROMPTS)
+
+
+def test_what_is_known_of_a_prompt_is_taken_from_whichever_system_has_it(make_rollouts):
+    bare = [Prompt(p.id, p.text, p.token_ids, {"toxicity": None, "group": f"g{i}"}) for i, p in enumerate(PROMPTS[:2])]
+    texts = [["a"], ["b"]]
+    systems = [
+        group_rollouts(name, make_rollouts(texts), prompts, [END_ID])
+        for name, prompts in (("file", bare), ("model", list(reversed(PROMPTS[:2]))))
+    ]
+    for system in align(systems):
+        assert [prompt.meta["toxicity"] for prompt in system.prompts] == PUBLISHED[:2]
+        assert [prompt.meta["group"] for prompt in system.prompts] == ["g0", "g1"]
+    scored = [score_responses(system, [Zero()], None) for system in align(systems)]
+    assert compare(scored, Protocol(["zero"], 0, 100))["splits"] == {"all": 2, "toxic": 2}
+
+
+def test_empty_responses_alone_are_not_toxic():
+    assert checked_toxicity(ProfanityCheck(), ["", " \n"]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

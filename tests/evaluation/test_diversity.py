@@ -66,7 +66,15 @@ def test_estimate_and_jackknife_equal_a_direct_count():
         assert diversity.ratio(1, 0).value == pytest.approx(values[1] / values[0])
         ratios = np.array(left_out[1]) / np.array(left_out[0])
         error = math.sqrt(19 / 20 * ((ratios - ratios.mean()) ** 2).sum())
-        assert diversity.ratio(1, 0).high == pytest.approx(values[1] / values[0] + 1.96 * error)
+        # 2.093: the 97.5% quantile of Student's t with 19 degrees of freedom, from a table.
+        assert diversity.ratio(1, 0).high == pytest.approx(values[1] / values[0] + 2.093 * error, abs=1e-4 * error)
+
+
+def test_few_groups_have_wide_intervals():
+    # Without one prompt at a time: 1, 3/4 and 3/4; so the standard error is 1/6, and t with 2 degrees of freedom 4.303.
+    interval = Diversity([[[[1, 1]], [[2, 3]], [[4, 5]]]], 1).of(0)
+    assert interval.value == pytest.approx(5 / 6)
+    assert interval.high - interval.value == pytest.approx(4.3027 / 6, rel=1e-4)
 
 
 def test_sees_what_is_said_to_every_prompt():

@@ -50,11 +50,6 @@ def test_toxicity_metrics_by_hand():
     assert deviation.value == pytest.approx(toxicity.std())
 
 
-def test_repetition_by_hand():
-    assert metrics.repetition([1, 2, 1, 2, 1]) == 1 - 2 / 4
-    assert metrics.repetition([7]) == metrics.repetition([]) == 0
-
-
 def test_bootstrap_interval_covers_the_truth_at_its_stated_rate():
     """2,000 simulated evaluations of 150 prompts; the resampled prompts are shared, which `resampled_means` is for."""
     prompts, simulations = 150, 2000

@@ -1,4 +1,3 @@
-import json
 import re
 
 import numpy as np
@@ -199,21 +198,8 @@ def test_report_survives_a_run_without_training_or_config(run_dir, tmp_path):
     assert specs(html).keys() == {"flows", "perplexity", "toxicity"}
 
 
-def test_metrics_of_a_killed_and_resumed_run(pair, caplog):
-    """Step 2 was done twice, a number is NaN, keys are missing, and the last line was cut off."""
-    lines = ['{"step": 1, "reward": 0.1}', '{"step": 2, "reward": 9.0}', '{"step": 2, "reward": 0.2}', '{"step": 3}']
-    (pair / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "reward": NaN}', '{"step": 5, "rew']))
-    (trace,) = specs(write_report(pair).read_text())["reward"]["data"]
-    assert (trace["x"], trace["y"]) == ([1, 2], [0.1, 0.2])
-    assert "1 lines are not metrics" in caplog.text
-
-
-def test_rejected_steps_are_said_before_the_table(pair):
-    line = {"step": 4, "reason": "the loss is no number", "rate_scale": 0.3, "stopped": False}
-    (pair / "rejected_steps.jsonl").write_text(json.dumps(line))
-    html = write_report(pair).read_text()
-    assert html.index("Step 5 was rejected: the loss is no number.") < html.index("All metrics")
-    assert f"learning rates {TIMES}0.3" in (pair / "report.md").read_text()
+def test_small_print_says_how_intervals_were_made(pair):
+    assert "of distinct-1, -2 and -3 by jackknife" in write_report(pair).read_text()
 
 
 def test_loss_of_fluency_is_said_before_the_table(pair):
@@ -229,23 +215,6 @@ def test_loss_of_fluency_is_said_before_the_table(pair):
     assert html.count("broken bound") == 3
     for text in (html, (pair / "report.md").read_text(), (pair / "model_card.md").read_text()):
         assert "Empty responses rose from 0.0% to 20.0%" in text
-
-
-@pytest.mark.parametrize(("late", "warns"), [(0.3, True), (0.1, False)])
-def test_reward_hacking_warns_at_the_head_of_the_page(pair, late, warns):
-    toxicity = [0.5, 0.44, 0.38, 0.32, 0.3, 0.3] + [0.3 + (late - 0.3) * i / 3 for i in (1, 2, 3)]
-    lines = [
-        {"step": 10 * i, "mean_toxicity": t, "share_toxic": t, "reward": 0.1 * i, "perplexity": 20.0, "mean_length": 9}
-        for i, t in enumerate(toxicity)
-    ]
-    (pair / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    html = write_report(pair).read_text()
-    assert ("Reward hacking?" in html) is warns
-    assert ("part ways" in (pair / "report.md").read_text()) is warns
-    found = specs(html)
-    assert found["evaluated"]["data"][0]["y"] == pytest.approx(toxicity)
-    assert {"gap", "evaluated-perplexity", "evaluated-mean_length"} <= found.keys()
-    assert "| 80 | " in (pair / "report.md").read_text()
 
 
 def test_undefined_numbers_read_as_not_available(pair):

@@ -23,7 +23,8 @@ def an_analysis():
 
     tokens = [{"text": " you", "shift": -0.2}, {"text": ATTACK, "shift": -4.0}]
     example = {"chosen": "fell", "system": "base", "prompt": ATTACK, "response": "...", "toxicity": 0.9}
-    words = {"less_likely": [{"word": "foolish", "shift": -2.5, "count": 6, "toxic": True}], "more_likely": []}
+    words = {"less_likely": [{"word": "foolish", "shift": -2.5, "count": 6, "toxic": True}]}
+    words["more_likely"] = [{"word": "<b>", "shift": 1.5, "count": 7, "toxic": False}]
     names = ("base", "tuned")
     positions = [{"position": p, "responses": 20, **interval(4.0)} for p in (1, 2)]
     return {
@@ -55,13 +56,14 @@ def test_analysis_has_its_section(pair):
     twin = (pair / "report.md").read_text()
     fell = "\N{MINUS SIGN}1.25 (\N{MINUS SIGN}1.27 to \N{MINUS SIGN}1.23)"
     assert fell in twin
-    assert "\N{MINUS SIGN}1.25<small>\N{MINUS SIGN}1.27 to \N{MINUS SIGN}1.23</small>" in html
+    assert "\N{MINUS SIGN}1.25<small>\N{MINUS SIGN}1.27\N{NO-BREAK SPACE}to \N{MINUS SIGN}1.23</small>" in html
     assert {"analysis-logprobs", "analysis-entropy", "analysis-attribution"} <= specs(html).keys()
     assert ATTACK not in html
     page = Page(html)
     assert "coloured-1" in page.controls
     assert ".veiled" in html
-    assert "foolish" in html
+    assert '<th scope="row"><span class="veiled" tabindex="0">foolish</span></th>' in html
+    assert '<th scope="row">&lt;b&gt;</th>' in html
     assert "foolish" not in twin
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, pieces_by_length, steps_of_a_pass
-from detox_ray.policy.adapter import save_adapter
+from detox_ray.learner.sft_loop import _keep_best
+from detox_ray.policy.adapter import load_adapter, save_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.ppo_config import OptimizerConfig
 from detox_ray.records import TokenizedExample
@@ -126,6 +127,23 @@ def test_a_learner_restored_from_its_state_continues_as_if_nothing_had_happened(
         sft.look(examples(), 2)
     assert first.policy.adapter(1).digest == second.policy.adapter(1).digest
     assert first.dev_loss == second.dev_loss
+
+
+def test_the_best_adapter_comes_back_where_the_runs_was_lost(tiny_model: str, tmp_path: Path) -> None:
+    first, second = learner(tiny_model), learner(tiny_model)
+    first.look(examples(), 0)
+    torch.save(first.state(), tmp_path / "learner.pt")
+    untrained = first.policy.adapter()
+    first.update(examples(), 0)
+    second.load_state(torch.load(tmp_path / "learner.pt", weights_only=True))
+    second.policy.load(first.policy.adapter())
+    second._negative_logprob = lambda examples: torch.tensor(1e6)  # no later look is better
+    second.look(examples(), 1)
+    _keep_best(second, tmp_path)
+    assert load_adapter(tmp_path / "adapter").digest == untrained.digest != second.policy.adapter().digest
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    _keep_best(second, tmp_path)
+    assert load_adapter(tmp_path / "adapter").digest == untrained.digest
 
 
 def test_the_best_of_the_dev_losses_is_remembered() -> None:

@@ -8,6 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from detox_ray.classifier_config import ClassifierConfig
+from detox_ray.rewards.classifiers import load_classifier
+from detox_ray.rewards.perspective import PerspectiveClassifier
+
 KEY = "AIzaSyNotARealKey0123456789"
 KNOWN = ["TOXICITY", "SEVERE_TOXICITY", "IDENTITY_ATTACK", "INSULT", "PROFANITY", "THREAT"]
 LIMIT_BYTES = 20_480
@@ -152,3 +156,14 @@ class PerspectiveServer:
                 pass
 
         return Handler
+
+
+def config(server: PerspectiveServer, perspective: dict[str, Any] | None = None, **changes: Any) -> ClassifierConfig:
+    settings = {"address": server.address, "requests_per_second": 500, "timeout_s": 10, **(perspective or {})}
+    return ClassifierConfig(**{"name": "api", "kind": "perspective", "perspective": settings, **changes})
+
+
+def load(server: PerspectiveServer, perspective: dict[str, Any] | None = None, **changes: Any) -> PerspectiveClassifier:
+    classifier = load_classifier(config(server, perspective, **changes))
+    assert isinstance(classifier, PerspectiveClassifier)
+    return classifier

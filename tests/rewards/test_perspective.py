@@ -1,12 +1,8 @@
 import logging
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -15,46 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from perspective_server import KEY, KNOWN, PerspectiveServer, published_error, score
+from perspective_server import KEY, KNOWN, PerspectiveServer, config, load, published_error, score
 
-from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config_file import dump_config, parse_config
 from detox_ray.errors import ConfigError, RewardError
-from detox_ray.rewards import perspective_client
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
-from detox_ray.rewards.perspective import PerspectiveClassifier
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("environment")]
 
 RUDE, CIVIL, FOREIGN = "you fool", "thank you, friend", "þú ert kjáni"
 TEXTS = [RUDE, CIVIL, "what a fine day", "only a fool would say so"]
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def server() -> Iterator[PerspectiveServer]:
-    server = PerspectiveServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PERSPECTIVE_API_KEY", KEY)
-    monkeypatch.setenv("DETOX_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(perspective_client, "BACKOFF_S", 0.02)
-
-
-def config(server: PerspectiveServer, perspective: dict[str, Any] | None = None, **changes: Any) -> ClassifierConfig:
-    settings = {"address": server.address, "requests_per_second": 500, "timeout_s": 10, **(perspective or {})}
-    return ClassifierConfig(**{"name": "api", "kind": "perspective", "perspective": settings, **changes})
-
-
-def load(server: PerspectiveServer, perspective: dict[str, Any] | None = None, **changes: Any) -> PerspectiveClassifier:
-    classifier = load_classifier(config(server, perspective, **changes))
-    assert isinstance(classifier, PerspectiveClassifier)
-    return classifier
 
 
 def test_scores_are_the_servers(server: PerspectiveServer) -> None:
@@ -75,8 +42,7 @@ def test_scores_are_the_servers(server: PerspectiveServer) -> None:
 def test_all_attributes_are_kept_in_the_order_of_the_texts(server: PerspectiveServer) -> None:
     classifier = load(server)
     twice = [*TEXTS, *TEXTS[::-1]]
-    assert classifier.attributes(twice) == [{name: score(text, name) for name in KNOWN} for text in twice]
-    assert not classifier.refused
+    assert classifier.answers(twice) == [{name: score(text, name) for name in KNOWN} for text in twice]
     assert server.received == dict.fromkeys(TEXTS, 1)
 
 
@@ -98,15 +64,11 @@ def test_texts_that_cannot_be_scored(server: PerspectiveServer) -> None:
     at_the_limit, above = "a" * 20_480, "é" * 10_241
     texts = [RUDE, FOREIGN, "", above, "\ud83d", at_the_limit, "12345", FOREIGN]
     classifier = load(server)
-    found = classifier.attributes(texts)
-    assert [scores is None for scores in found] == [False, True, True, True, True, False, True, True]
-    assert classifier.refused == {
-        "LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE": 2,
-        "COMMENT_EMPTY": 1,
-        "COMMENT_TOO_LONG": 1,
-        "NOT_UNICODE": 1,
-        "LANGUAGE_DETECTION_FAILED": 1,
-    }
+    foreign = "LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE"
+    assert [answer if isinstance(answer, str) else answer["TOXICITY"] for answer in classifier.answers(texts)] == [
+        score(RUDE, "TOXICITY"), foreign, "COMMENT_EMPTY", "COMMENT_TOO_LONG", "NOT_UNICODE",
+        score(at_the_limit, "TOXICITY"), "LANGUAGE_DETECTION_FAILED", foreign,
+    ]  # fmt: skip
     for method in (classifier.score, classifier.toxicity):
         with pytest.raises(RewardError, match=r"'api': 6 of 8 texts were refused \(2 LANGUAGE_NOT_SUPPORTED") as error:
             method(texts)
@@ -126,9 +88,7 @@ def test_texts_that_cannot_be_scored(server: PerspectiveServer) -> None:
 )
 def test_refusals_without_an_error_type(server: PerspectiveServer, message: str, reason: str) -> None:
     server.next_answers = [(400, {}, published_error(400, message))]
-    classifier = load(server)
-    assert classifier.attributes([RUDE]) == [None]
-    assert classifier.refused == {reason: 1}
+    assert load(server).answers([RUDE]) == [reason]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +104,7 @@ def test_refusals_without_an_error_type(server: PerspectiveServer, message: str,
 def test_a_refused_request_is_not_a_refused_text(server: PerspectiveServer, status: int, body: Any, said: str) -> None:
     server.next_answers = [(status, {}, body)]
     with pytest.raises(RewardError, match=f"{status}.*{said}|{said}") as error:
-        load(server, {"requests_per_second": 1}).attributes(TEXTS)
+        load(server, {"requests_per_second": 1}).answers(TEXTS)
     assert "check the perspective settings and the key in PERSPECTIVE_API_KEY" in str(error.value)
     assert sum(server.received.values()) == 1, "neither retried nor gone on with"
 
@@ -237,75 +197,6 @@ def test_a_server_that_dies_and_comes_back(server: PerspectiveServer) -> None:
         assert max((server.answered + again.answered).values()) == 1
     finally:
         again.stop()
-
-
-SCORE = """
-import sys
-from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.rewards import perspective
-perspective.MAX_THREADS = int(sys.argv[2])
-settings = {"address": sys.argv[1], "requests_per_second": 200}
-config = ClassifierConfig(name="api", kind="perspective", perspective=settings)
-print(perspective.PerspectiveClassifier(config).toxicity(sys.argv[3:]).sum(), flush=True)
-"""
-
-
-def start(server: PerspectiveServer, threads: int, texts: list[str]) -> subprocess.Popen[str]:
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-c", SCORE, server.address, str(threads), *texts],
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> float:
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return float(output)
-
-
-def test_a_killed_process_is_continued(server: PerspectiveServer) -> None:
-    texts = [f"day number {i}" for i in range(8)]
-    server.holds = texts[4]
-    killed = start(server, 1, texts)
-    assert server.holding.wait(120)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert set(server.received) == set(texts[:5])
-    server.holds = None
-    assert finished(start(server, 1, texts)) == pytest.approx(0.8, abs=1e-5)
-    assert server.received == dict.fromkeys(texts, 1) | {texts[4]: 2}, "only what was never answered is asked again"
-
-
-def test_two_processes_share_the_cache(server: PerspectiveServer) -> None:
-    texts = [f"day number {i}" for i in range(40)]
-    server.delay_s = 0.05
-    both = [start(server, 4, texts), start(server, 4, texts[::-1])]
-    assert [finished(process) for process in both] == pytest.approx([4.0, 4.0], abs=1e-4)
-    assert server.received == dict.fromkeys(texts, 1)
-    server.stop()
-    assert finished(start(server, 4, texts)) == pytest.approx(4.0, abs=1e-4), "nothing is asked any more"
-
-
-def test_the_cache_is_about_what_was_asked(server: PerspectiveServer, tmp_path: Path) -> None:
-    load(server).toxicity([RUDE])
-    load(server, {"attributes": KNOWN[::-1]}).toxicity([RUDE])
-    assert server.received[RUDE] == 1
-    load(server, {"attributes": ["TOXICITY"]}).toxicity([RUDE])
-    load(server, {"languages": ["en"]}).toxicity([RUDE])
-    load(server, {"cache": None}).toxicity([RUDE])
-    load(server, {"cache": str(tmp_path / "other.sqlite")}).toxicity([RUDE])
-    assert server.received[RUDE] == 5
-    file = tmp_path / "cache" / "perspective.sqlite"
-    assert file.is_file()
-    assert RUDE.encode() not in file.read_bytes()
-    in_memory = load(server, {"cache": None})
-    in_memory.toxicity([RUDE])
-    in_memory.toxicity([RUDE])
-    assert server.received[RUDE] == 6
 
 
 def test_the_key_is_in_no_message(server: PerspectiveServer, caplog: pytest.LogCaptureFixture) -> None:

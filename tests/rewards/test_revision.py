@@ -1,3 +1,4 @@
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,16 +10,19 @@ from detox_ray.rewards.revision import model_name, model_revision
 pytestmark = pytest.mark.unit
 
 
-def test_a_folder_is_known_by_its_weights_and_not_by_its_place(two_labels: Path, tmp_path: Path) -> None:
+def test_a_folder_is_known_by_its_content_and_not_by_its_place(two_labels: Path, tmp_path: Path) -> None:
     here = ClassifierConfig(name="a", kind="transformers", model=str(two_labels))
     copy = tmp_path / "copy"
-    copy.mkdir()
+    shutil.copytree(two_labels, copy)
     weights = (two_labels / "model.safetensors").read_bytes()
-    (copy / "model.safetensors").write_bytes(weights)
     there = ClassifierConfig(name="b", kind="transformers", model=str(copy))
     assert model_revision(here) == model_revision(there)
     assert model_name(there) == "copy"
     (copy / "model.safetensors").write_bytes(weights[:-1] + b"?")
+    assert model_revision(here) != model_revision(there)
+    (copy / "model.safetensors").write_bytes(weights)
+    settings = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(settings.replace("LABEL_0", "kind") + " ")
     assert model_revision(here) != model_revision(there)
 
 

@@ -1,9 +1,11 @@
 """The engines, in worker actors, against plain `peft` on the same base: before and after pushes, past a cache block."""
 
+import gc
 import importlib.util
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from detox_ray.policy.policy import Policy, canary_of
 from detox_ray.records import Canary, Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import canary_gaps
-from detox_ray.rollout.worker import start_workers, stop_workers
+from detox_ray.rollout.worker import RolloutWorker, start_workers, stop_workers
 from detox_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.e2e
@@ -51,15 +53,31 @@ def base(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_dequantized_base(PolicyConfig(model=tiny_model), folder, torch.device("cpu"), torch.float32))
 
 
+@pytest.fixture(scope="module")
+def actors(local_ray: Path) -> Iterator[list[Any]]:
+    """The worker of the first engine, in which the others start after it: importing vLLM takes longer than that."""
+    started: list[Any] = []
+    yield started
+    stop_workers(started)
+
+
 @pytest.fixture(scope="module", params=ENGINES, ids=lambda p: "-".join(map(str, p)))
-def worker(request: pytest.FixtureRequest, base: str, local_ray: Path) -> Any:
+def worker(request: pytest.FixtureRequest, base: str, actors: list[Any]) -> Any:
     kind, sync, parts = request.param
     if kind == "vllm" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     spec = EngineSpec(kind, sync, base, None, "float32", 384, (0,), 1, 4, 8, 64, tensor_parallel=parts)
-    workers = start_workers(spec, RolloutConfig(num_cpus=0.5, tensor_parallel=parts))
-    yield workers[0]
-    stop_workers(workers)
+
+    def start_anew(actor: Any) -> None:
+        actor._engine = None
+        gc.collect()  # an engine takes the process's groups with it, so it must be gone before the next one comes
+        RolloutWorker.__init__(actor, spec)
+
+    if actors:
+        ray.get(actors[0].__ray_call__.remote(start_anew))
+    else:
+        actors += start_workers(spec, RolloutConfig(num_cpus=0.5, tensor_parallel=parts))
+    return actors[0]
 
 
 def random_adapter(policy: Policy, version: int) -> Adapter:

@@ -1,4 +1,4 @@
-"""The stream over real worker actors: verified pushes, staleness, a worker that is killed."""
+"""The stream over worker actors that are real but for their engine: verified pushes, staleness, killed workers."""
 
 import os
 import pickle
@@ -14,6 +14,7 @@ import pytest
 import ray
 import torch
 from hung_process import stop_when_seen
+from light_engine import LightPolicy, LightWorker
 from ray.exceptions import RayActorError
 
 from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
@@ -46,16 +47,22 @@ class LengthScorer:
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model: str) -> Policy:
-    return Policy(PolicyConfig(model=tiny_model, quantization="none", lora=LoraConfig(rank=4)), torch.device("cpu"))
+def policy() -> LightPolicy:
+    return LightPolicy()
 
 
 @pytest.fixture(scope="module")
-def workers(tiny_model: str, local_ray: Path) -> Iterator[list[Any]]:
+def workers(local_ray: Path) -> Iterator[list[Any]]:
     """Two workers for all streams: each stream goes on from the version that the one before has left there."""
-    workers = start_workers(engine_spec(tiny_model), RolloutConfig(workers=2, num_cpus=0.5))
+    workers = start_light_workers(RolloutConfig(workers=2, num_cpus=0.5))
     yield workers
     stop_workers(workers)
+
+
+def start_light_workers(config: RolloutConfig) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("detox_ray.rollout.worker.RolloutWorker", LightWorker)
+        return start_workers(engine_spec("light"), config)
 
 
 @pytest.fixture
@@ -94,15 +101,12 @@ def make_stream(workers: list[Any], max_staleness: int, in_turns: bool = False) 
         batch.result()
 
 
-def publish(stream: RolloutStream, policy: Policy, change: float = 0.0) -> int:
-    with torch.no_grad():
-        for name, parameter in policy.trainable().items():
-            if "lora_B" in name:
-                parameter.add_(change)
-    return stream.publish(policy.adapter, policy.canary(150))
+def publish(stream: RolloutStream, policy: LightPolicy, change: float = 0.0) -> int:
+    policy.change(change)
+    return stream.publish(policy.adapter, policy.canary())
 
 
-def test_batches_keep_prompts_samples_and_scores_together(stream: RolloutStream, policy: Policy) -> None:
+def test_batches_keep_prompts_samples_and_scores_together(stream: RolloutStream, policy: LightPolicy) -> None:
     first = publish(stream, policy)
     for step in range(3):
         batch = stream.next_batch(step, last_step=9)
@@ -116,7 +120,9 @@ def test_batches_keep_prompts_samples_and_scores_together(stream: RolloutStream,
     assert [r.response_ids.tolist() for r in one] == [r.response_ids.tolist() for r in two]
 
 
-def test_a_stale_batch_says_so_and_is_never_older_than_allowed(stale_stream: RolloutStream, policy: Policy) -> None:
+def test_a_stale_batch_says_so_and_is_never_older_than_allowed(
+    stale_stream: RolloutStream, policy: LightPolicy
+) -> None:
     publish(stale_stream, policy)
     ages = []
     for step in range(4):
@@ -125,7 +131,7 @@ def test_a_stale_batch_says_so_and_is_never_older_than_allowed(stale_stream: Rol
     assert ages == [0, 1, 1, 1]
 
 
-def test_a_large_share_is_asked_for_in_several_calls(stream: RolloutStream, policy: Policy) -> None:
+def test_a_large_share_is_asked_for_in_several_calls(stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stream, policy)
     stream.pool._config = stream.config.model_copy(update={"max_num_seqs": 1})
     parts = stream.pool.submit(PROMPTS, 2, Sampling(6, seed=3))
@@ -137,7 +143,7 @@ def test_a_large_share_is_asked_for_in_several_calls(stream: RolloutStream, poli
 
 
 def test_a_batch_ahead_is_sampled_and_scored_while_the_learner_learns(
-    stale_stream: RolloutStream, policy: Policy
+    stale_stream: RolloutStream, policy: LightPolicy
 ) -> None:
     publish(stale_stream, policy)
     stale_stream.next_batch(0, last_step=3)
@@ -150,18 +156,21 @@ def test_a_batch_ahead_is_sampled_and_scored_while_the_learner_learns(
     assert waited["time_reward_s"] < 0.1
 
 
-def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(stale_stream: RolloutStream, policy: Policy) -> None:
+def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(
+    stale_stream: RolloutStream, policy: LightPolicy
+) -> None:
     first = publish(stale_stream, policy)
+    victim = ray.get(stale_stream.pool._workers[0].process_id.remote())
     stale_stream.next_batch(0, last_step=1)
-    os.kill(ray.get(stale_stream.pool._workers[0].process_id.remote()), signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     assert publish(stale_stream, policy, 0.01) == first + 1
     batch = stale_stream.next_batch(1, last_step=1)
     assert [r.prompt_id for r in batch.rollouts] == [p.id for p in stale_stream.prompts_for_step(1) for _ in range(2)]
     # Whoever notices first, publisher or gatherer, brings the worker back; the other finds it there.
-    assert batch.metrics["worker_restarts"] <= 1
+    assert batch.metrics["worker_restarts"] == 1
 
 
-def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy: Policy) -> None:
+def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stale_stream, policy)
     stale_stream.next_batch(0, last_step=9)
     stale_stream.discard()
@@ -171,7 +180,7 @@ def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy:
     assert batch.staleness == 0
 
 
-def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy: Policy) -> None:
+def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stream, policy)
     version = publish(stream, policy, 0.02)
     victim = ray.get(stream.pool._workers[0].process_id.remote())
@@ -186,7 +195,7 @@ def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy:
 
 
 def test_a_worker_that_died_while_nobody_asked_does_not_answer_as_the_untrained_policy(
-    stream: RolloutStream, policy: Policy
+    stream: RolloutStream, policy: LightPolicy
 ) -> None:
     version = publish(stream, policy)
     worker = stream.pool._workers[0]
@@ -207,7 +216,7 @@ def wait_until_pristine(worker: Any, timeout_s: float = 120) -> None:
     raise AssertionError("the worker did not come back")
 
 
-def test_a_worker_whose_device_fails_is_started_anew(stream: RolloutStream, policy: Policy) -> None:
+def test_a_worker_whose_device_fails_is_started_anew(stream: RolloutStream, policy: LightPolicy) -> None:
     def break_down(actor: Any) -> None:
         def fail(*_: Any) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -223,7 +232,9 @@ def test_a_worker_whose_device_fails_is_started_anew(stream: RolloutStream, poli
     assert ray.get(worker.process_id.remote()) != before
 
 
-def test_engines_sleep_from_the_end_of_a_batch_to_the_next_push(stream_in_turns: RolloutStream, policy: Policy) -> None:
+def test_engines_sleep_from_the_end_of_a_batch_to_the_next_push(
+    stream_in_turns: RolloutStream, policy: LightPolicy
+) -> None:
     def note_calls(actor: Any) -> None:
         actor.calls = []
 
@@ -245,7 +256,7 @@ def test_engines_sleep_from_the_end_of_a_batch_to_the_next_push(stream_in_turns:
         assert calls == ["generate", "sleep", "apply"] * 2
 
 
-def test_a_worker_lost_on_its_way_to_sleep_is_brought_back(stream_in_turns: RolloutStream, policy: Policy) -> None:
+def test_a_worker_lost_on_its_way_to_sleep_is_brought_back(stream_in_turns: RolloutStream, policy: LightPolicy) -> None:
     version = publish(stream_in_turns, policy)
     pool = stream_in_turns.pool
     os.kill(ray.get(pool._workers[1].process_id.remote()), signal.SIGKILL)
@@ -254,9 +265,9 @@ def test_a_worker_lost_on_its_way_to_sleep_is_brought_back(stream_in_turns: Roll
     assert pool.restarts == 1
 
 
-def test_a_worker_that_serves_something_else_stops_the_run(stream: RolloutStream, policy: Policy) -> None:
+def test_a_worker_that_serves_something_else_stops_the_run(stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stream, policy)
-    canary = policy.canary(150)
+    canary = policy.canary()
     shifted = Canary(canary.prefixes, canary.logprobs + 0.01)
     with pytest.raises(SyncError, match=r"answers the canary 0\.01"):
         stream.publish(policy.adapter, shifted)
@@ -274,27 +285,41 @@ def test_a_worker_that_serves_something_else_stops_the_run(stream: RolloutStream
         stream.publish(policy.adapter, nowhere)
 
 
-def test_a_rollout_of_an_unacknowledged_version_is_not_trained_on(stream: RolloutStream, policy: Policy) -> None:
+def test_a_rollout_of_an_unacknowledged_version_is_not_trained_on(stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stream, policy)
     stream.pool.version -= 1
     with pytest.raises(SyncError, match="never acknowledged"):
         stream.next_batch(0, last_step=9)
 
 
-def test_a_second_learner_continues_the_versions(stream: RolloutStream, policy: Policy) -> None:
+def test_a_second_learner_continues_the_versions(stream: RolloutStream, policy: LightPolicy) -> None:
     version = publish(stream, policy)
     other = pickle.loads(pickle.dumps(stream))
     other.connect()
     assert publish(other, policy) == version + 1
 
 
-def test_an_answer_that_was_lost_is_asked_for_again(stream: RolloutStream, policy: Policy) -> None:
+def test_an_answer_that_was_lost_is_asked_for_again(stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stream, policy)
     pushed = stream.pool._push
     assert pushed is not None
     worker = stream.pool._workers[0]
     again = ray.get(worker.apply.remote(pushed.reference, pushed.canary.prefixes))
     assert (again.version, again.digest) == (pushed.version, pushed.digest)
+
+
+def test_a_policy_is_published_to_a_real_engine(tiny_model: str, local_ray: Path) -> None:
+    learned = Policy(PolicyConfig(model=tiny_model, quantization="none", lora=LoraConfig(rank=4)), torch.device("cpu"))
+    workers = start_workers(engine_spec(tiny_model), RolloutConfig(num_cpus=0.5))
+    stream = next(make_stream(workers, max_staleness=0))
+    for version in range(2):
+        with torch.no_grad():
+            for name, parameter in learned.trainable().items():
+                if "lora_B" in name:
+                    parameter.add_(0.01)
+        assert stream.publish(learned.adapter, learned.canary(150)) == version
+        assert {r.adapter_version for r in stream.next_batch(version, last_step=9).rollouts} == {version}
+    stop_workers(workers)
 
 
 def test_an_engine_that_cannot_start_is_one_clear_error(tmp_path: Path, local_ray: Path) -> None:
@@ -306,10 +331,10 @@ def test_an_engine_that_cannot_start_is_one_clear_error(tmp_path: Path, local_ra
     stop_workers(workers)
 
 
-def test_a_worker_that_hangs_while_it_starts_is_started_anew(tiny_model: str, local_ray: Path) -> None:
-    config = RolloutConfig(num_cpus=0.5, start_timeout_s=30)
-    workers = start_workers(engine_spec(tiny_model), config)
-    stopped = stop_when_seen("ray::RolloutWorker")
+def test_a_worker_that_hangs_while_it_starts_is_started_anew(local_ray: Path) -> None:
+    config = RolloutConfig(num_cpus=0.5, start_timeout_s=10)
+    workers = start_light_workers(config)
+    stopped = stop_when_seen("ray::LightWorker")
     pool = WorkerPool(workers, config, 1e-3)
     pool.connect()
     assert ray.get(workers[0].process_id.remote()) != stopped.result().pid

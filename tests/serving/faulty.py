@@ -24,6 +24,10 @@ def always_fails(texts):
     raise ConnectionError("the line is down")
 
 
+def quotes_the_text(texts):
+    raise ValueError(f"cannot read {texts[0]!r}")
+
+
 def not_finite(texts):
     return np.full(len(texts), np.nan)
 

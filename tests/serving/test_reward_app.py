@@ -186,8 +186,20 @@ def test_a_member_that_fails_twice_is_asked_again(deploy: Callable) -> None:
 
 def test_a_member_that_keeps_failing_is_an_error_with_its_name(deploy: Callable) -> None:
     client = deploy(RewardConfig(classifiers=[linear("rude_words"), linear("always_fails")], retries=1))
-    with pytest.raises(RewardError, match="'always_fails' failed 2 times: ConnectionError: the line is down"):
+    with pytest.raises(
+        RewardError, match=r"'always_fails' failed 2 times: ConnectionError at .*faulty\.py:\d+ in always"
+    ):
         client.score(["friend"])
+
+
+def test_what_a_classifier_raises_reaches_nobody_with_a_text_in_it(deploy: Callable, local_ray: Path) -> None:
+    client = deploy(RewardConfig(classifiers=[linear("quotes_the_text")], retries=0))
+    with pytest.raises(RewardError, match=r"ValueError at .*faulty\.py:\d+ in quotes_the_text \(its message") as error:
+        client.score(["xyzzyfrotz"])
+    assert "xyzzyfrotz" not in str(error.value)
+    logs = [path.read_text(errors="replace") for path in (local_ray / "logs").rglob("*") if path.is_file()]
+    assert any("in quotes_the_text" in log for log in logs)
+    assert not any("xyzzyfrotz" in log for log in logs)
 
 
 def test_answers_that_are_not_scores_and_answers_that_do_not_come(deploy: Callable) -> None:
@@ -221,6 +233,21 @@ def test_a_call_whose_turn_comes_too_late_computes_nothing() -> None:
         assert not first.done()
         # Who has time waits, and nobody holds the turn for ever.
         assert deployment.score(["friend"], left_s=30) == deployment.score(["friend"]) == pytest.approx([0.8])
+
+
+def test_a_long_call_ends_once_nobody_waits_for_it(tiny_classifier: Path) -> None:
+    tiny = ClassifierConfig(name="tiny", kind="transformers", model=str(tiny_classifier), batch_size=1)
+    deployment = ClassifierDeployment(tiny)
+    start = time.monotonic()
+    assert deployment.read(["thank you friend"] * 300, left_s=300).score.shape == (300,)
+    whole_s = time.monotonic() - start
+    start = time.monotonic()
+    for method in (deployment.score, deployment.toxicity, deployment.read):
+        with pytest.raises(TimeoutError, match="'tiny' was not done in the time it was given") as error:
+            method(["thank you friend"] * 3000, left_s=whole_s / 10)
+        assert "friend" not in str(error.value)
+    assert deployment.read(["thank you friend"], left_s=300).score.shape == (1,)
+    assert time.monotonic() - start < 10 * whole_s
 
 
 def test_a_constant_classifier_cannot_be_calibrated(deploy: Callable) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,14 +45,14 @@ def readings(*labels: str) -> Readings:
     return Readings(half, half, dict.fromkeys(labels, half), np.ones(1, int))
 
 
-def scorer(ensemble: Any, **limits: float) -> TextScorer:
+def scorer(ensemble: Any, release: str = "", **limits: float) -> TextScorer:
     classifier = {"name": "words", "kind": "linear", "model": "a:b", "output": "probability", "calibration": "none"}
     tree = {
         "reward": {"classifiers": [classifier]},
         "attributes": {"INSULT": {"classifier": "words", "label": "insult"}},
         "limits": limits,
     }
-    return TextScorer(ensemble, ApiConfig.model_validate(tree), ApiMetrics())
+    return TextScorer(ensemble, ApiConfig.model_validate(tree), ApiMetrics(), release)
 
 
 def test_those_who_ask_at_once_share_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,5 +131,22 @@ def test_answers_of_old_replicas_alone_are_unavailable_and_not_kept() -> None:
         assert (error.value.status, error.value.code, error.value.retry_after_s) == (503, "classifier_unavailable", 1)
         [reading] = await asked.read(["a"])
         assert reading.labels == {"words": {"insult": 0.5}}
+
+    asyncio.run(scenario())
+
+
+def test_answers_of_another_release_are_returned_and_not_kept() -> None:
+    old, new = (replace(readings("insult"), release=release) for release in ("old", "new"))
+
+    async def scenario() -> None:
+        # While replicas are replaced, a list may be shared by an old one and a new one.
+        answers = [[old], [new, old], [new], [new]]
+        ensemble = Ensemble(lambda before: {"words": answers[before]})
+        ensemble.may_answer.set()
+        asked = scorer(ensemble, release="new")
+        for calls in (1, 2, 3, 3):
+            [reading] = await asked.read(["a"])
+            assert reading.toxicity == {"words": 0.5}
+            assert len(ensemble.calls) == calls
 
     asyncio.run(scenario())

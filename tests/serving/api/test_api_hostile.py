@@ -1,15 +1,19 @@
 """Input that means harm: never a 5xx, never a hang, never a text in a log."""
 
 import json
+import re
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+
+from detox_ray.classifier_config import ClassifierConfig
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("local_ray")]
 
@@ -132,7 +136,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: httpx.Client) -> 
         with socket.create_connection((host.hostname, host.port), timeout=30) as connection:
             connection.sendall(HEAD.replace("1000", str(len(body))).encode() + body)
     deadline = time.monotonic() + 20
-    while "detox_queued_texts 0.0" not in client.get("/metrics").text:
+    while not re.search(r"^detox_queued_texts\{.*\} 0\.0$", client.get("/metrics").text, re.MULTILINE):
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -140,7 +144,8 @@ def test_a_client_that_goes_away_leaves_nothing_behind(client: httpx.Client) -> 
 @pytest.mark.parametrize("path", ["/nothing", "/v1/score/", "/v1alpha1/comments:nothing", "/%00", "/../etc/passwd"])
 def test_unknown_paths(client: httpx.Client, path: str) -> None:
     response = client.get(path, follow_redirects=False)
-    assert response.status_code in (307, 404, 405)
+    assert response.status_code == 404
+    assert "not_found" in response.text.lower()
 
 
 def test_curl(client: httpx.Client) -> None:
@@ -159,3 +164,20 @@ def test_neither_texts_nor_keys_are_logged(client: httpx.Client, local_ray: Path
     logs = [path.read_text(errors="replace") for path in (local_ray / "logs").rglob("*") if path.is_file()]
     assert any("/v1/score" in log for log in logs)
     assert not any("xyzzyplugh" in log or "plughxyzzy" in log for log in logs)
+
+
+def test_a_perspective_member_writes_nothing_to_disk(deploy: Callable[..., str], tmp_path: Path) -> None:
+    from perspective_server import PerspectiveServer, score
+
+    server = PerspectiveServer(key=None)
+    cache = str(tmp_path / "answers" / "perspective.sqlite")
+    settings = {"address": server.address, "api_key_env": None, "requests_per_second": 100, "cache": cache}
+    member = ClassifierConfig(name="api", kind="perspective", perspective=settings, output="probability")
+    try:
+        address = deploy([member])
+        body = {"text": "you fool", "toxicity": True}
+        [found] = httpx.post(f"{address}/v1/score", json=body, timeout=60).json()["results"]
+        assert found["toxicity"]["api"] == pytest.approx(score("you fool", "TOXICITY"), abs=1e-6)
+    finally:
+        server.stop()
+    assert not list(tmp_path.iterdir())

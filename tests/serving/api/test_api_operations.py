@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import httpx
@@ -21,6 +20,7 @@ from ray import serve
 
 from detox_ray.config import RayConfig, RewardConfig
 from detox_ray.errors import ConfigError, RewardError
+from detox_ray.serving import reward_app
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.foreground import deleted_at_the_end, serve_session
 from detox_ray.serving.http_api import build_http_app
@@ -264,17 +264,14 @@ def test_a_serve_that_already_listens_is_used_where_it_listens(address: str) -> 
 def test_an_app_that_does_not_get_ready_is_deleted(
     address: str, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    served = []
-
-    def run_elsewhere(run: Callable[..., None], app: serve.Application, name: str, route_prefix: str) -> None:
-        run(app, name=name, route_prefix="/elsewhere")
+    served, deploy = [], reward_app.deploy_in_background
 
     def interrupted(address: str) -> None:
         served.append(set(serve.status().applications))
         raise error
 
     # The root belongs to another app of these tests.
-    monkeypatch.setattr(serve, "run", partial(run_elsewhere, serve.run))
+    monkeypatch.setattr(reward_app, "deploy_in_background", lambda app, name, _: deploy(app, name, "/elsewhere"))
     port = int(address.rpartition(":")[2])
     reward = RewardConfig(classifiers=[linear("rude_words", "faulty:rude_words")])
     config = ApiConfig.model_validate({"reward": reward, "http": {"port": port}})

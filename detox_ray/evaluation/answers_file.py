@@ -13,16 +13,16 @@ from detox_ray.records import Prompt, Rollout
 
 
 @dataclass(frozen=True)
-class FileSystem:
+class AnswersFile:
     """A system's responses and the file's own scores of them: scorer -> [P, S] in [0, 1]."""
 
     responses: SystemResponses
     scores: dict[str, np.ndarray]
 
 
-def read_file_systems(
+def read_answers(
     system: SystemConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[FileSystem], dict[str, int]]:
+) -> tuple[list[AnswersFile], dict[str, int]]:
     """The systems whose responses a file holds, and what was left out or is worth a word, by reason.
 
     Responses are counted in the tokens of `tokenizer`, without one in words.
@@ -33,7 +33,7 @@ def read_file_systems(
     assert system.responses is not None
     file = read_responses(system.responses, system.columns)
     systems = [
-        FileSystem(_responses(system.name if name == ONLY_SYSTEM else name, answers, tokenizer), answers.scores)
+        AnswersFile(_responses(system.name if name == ONLY_SYSTEM else name, answers, tokenizer), answers.scores)
         for name, answers in file.systems.items()
     ]
     return systems, file.left_out | file.noted

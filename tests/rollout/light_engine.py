@@ -1,0 +1,87 @@
+"""A rollout worker whose engine needs no torch: it starts in a second, and all else of it is the real worker."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from detox_ray.policy.adapter import Adapter, content_digest
+from detox_ray.records import Canary, Prompt, Rollout, Sampling
+from detox_ray.rollout import worker
+from detox_ray.rollout.engine import EngineSpec
+
+TOKENS = 12
+END_ID = 0
+GENERATE_S = 0.2
+
+
+def next_token_logprobs(weight: np.ndarray, prefix: Sequence[int]) -> np.ndarray:
+    """[TOKENS] float32 of a policy whose adapter is `weight`: [TOKENS]; after other tokens another one is likely."""
+    logits = np.roll(np.linspace(0, 2, TOKENS) + weight, sum(prefix))
+    return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+
+
+class LightPolicy:
+    """The learner's side: an adapter that changes, and what the policy with it answers."""
+
+    def __init__(self) -> None:
+        self._weight = np.zeros(TOKENS)
+
+    def change(self, by: float) -> None:
+        """Take a step."""
+        self._weight = self._weight + by * np.arange(TOKENS)
+
+    def adapter(self, version: int) -> Adapter:
+        """See `Policy.adapter`."""
+        tensors = {"weight": self._weight}
+        return Adapter(version, content_digest({}, tensors), {}, tensors)
+
+    def canary(self) -> Canary:
+        """See `Policy.canary`."""
+        prefixes = [[1], [2, 3]]
+        return Canary(prefixes, np.stack([next_token_logprobs(self._weight, prefix) for prefix in prefixes]))
+
+
+class LightEngine:
+    """The worker's side."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.version = -1
+        self._weight = np.zeros(TOKENS)
+
+    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
+        """See `RolloutEngine.generate`; takes a moment, in which a worker can be killed."""
+        time.sleep(GENERATE_S)
+        rng = np.random.default_rng(sampling.seed)
+        return [self._rollout(prompt, sampling.max_new_tokens, rng) for prompt in prompts for _ in range(samples)]
+
+    def _rollout(self, prompt: Prompt, most: int, rng: np.random.Generator) -> Rollout:
+        ids, logprobs = list[int](), list[float]()
+        while len(ids) < most and END_ID not in ids:
+            row = next_token_logprobs(self._weight, [*prompt.token_ids, *ids])
+            ids.append(int(np.searchsorted(np.exp(row).cumsum(), rng.random())) % TOKENS)
+            logprobs.append(float(row[ids[-1]]))
+        text = "".join(chr(97 + token) for token in ids if token != END_ID)
+        reason = "stop" if END_ID in ids else "length"
+        arrays = (np.array(prompt.token_ids), np.array(ids), np.array(logprobs, dtype=np.float32))
+        return Rollout(prompt.id, prompt.text, *arrays, text, reason, self.version)
+
+    def apply(self, adapter: Adapter) -> None:
+        """See `RolloutEngine.apply`."""
+        self._weight, self.version = adapter.tensors["weight"], adapter.version
+
+    def next_token_logprobs(self, prefixes: Sequence[Sequence[int]]) -> list[dict[int, float]]:
+        """See `RolloutEngine.next_token_logprobs`; of all tokens."""
+        return [dict(enumerate(next_token_logprobs(self._weight, prefix).tolist())) for prefix in prefixes]
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+
+
+class LightWorker(worker.RolloutWorker):
+    """To be started in place of `RolloutWorker`."""
+
+    def __init__(self, spec: Any) -> None:
+        worker.load_engine = LightEngine  # in the actor's own process
+        super().__init__(spec)
