@@ -65,9 +65,7 @@ def test_a_continued_run_knows_what_was_learned_before_it_and_holds_out_the_same
     write_learned(tmp_path / "second", second.learned, adapter)
     both = learned_by(None, adapter, str(tmp_path / "second" / "adapter"))
     assert load_prompts(config, tokenizer, 1, both).heldout == second.heldout
-    with pytest.raises(
-        DataError, match=r"370 of 400 prompts are among those that policy\.adapter was"
-    ):
+    with pytest.raises(DataError, match=r"370 of 400 prompts are among those that policy\.adapter was"):
         load_prompts(config.model_copy(update={"heldout_prompts": 31}), tokenizer, 1, both)
 
 
