@@ -13,12 +13,13 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no
 demo: $(VENV)/installed
 	$(BIN)/detox-ray train configs/laptop.yaml name=demo
 
-# Whole runs (tests/e2e) beside everything else: while one waits for its processes the other computes.
+# Whole runs beside everything else: while one waits for its processes the other computes.
+WHOLE_RUNS := tests/e2e tests/deployments
 test: $(VENV)/installed
 	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest tests/e2e >e2e-tests.log 2>&1 & \
+	$(BIN)/python -m pytest $(WHOLE_RUNS) >e2e-tests.log 2>&1 & \
 	trap "kill $$!" INT TERM; \
-	$(BIN)/python -m pytest --ignore=tests/e2e; rest=$$?; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(WHOLE_RUNS)); rest=$$?; \
 	wait $$!; e2e=$$?; cat e2e-tests.log; exit $$((rest || e2e))
 
 lint: $(VENV)/installed

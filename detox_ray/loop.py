@@ -50,10 +50,11 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
     """
     terminal = Terminal(quiet)
     plan = prepare(config, terminal)
-    with kept(plan.run.path, plan.config.storage, plan.config.name):
-        evaluation = run(plan, terminal)
-    plan.run.release()
-    return evaluation
+    try:
+        with kept(plan.run.path, plan.config.storage, plan.config.name):
+            return run(plan, terminal)
+    finally:
+        plan.run.release()
 
 
 def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from detox_ray.cluster import check_cluster_answers, cluster_address, local_capa
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.config_section import S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
-from detox_ray.data.learned import learned_by, write_learned
+from detox_ray.data.learned import is_known, learned_by, write_learned
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
 from detox_ray.placement import check_placements, placements
@@ -78,15 +78,22 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     device = torch.device("cuda" if config.train.num_gpus > 0 else "cpu")
     engine, reason = plan_engine(config.policy, config.rollout, config.data.max_tokens, device)
     check_adapter(config.policy)
-    learned = learned_by(config.policy.adapter)
-    prompts = load_prompts(config.data, load_tokenizer(config.policy), config.seed, learned)
+    adapter, tokenizer = config.policy.adapter, load_tokenizer(config.policy)
+    learned = learned_by(adapter)
+    prompts = load_prompts(config.data, tokenizer, config.seed, learned)
 
     run = RunFolder.open(given)
-    write_learned(run.path, prompts.learned, config.policy.adapter)
+    if adapter is not None and run.checkpoints.exists():
+        # What the run wrote when it began says what it held out, whatever has become of the adapter's own folder.
+        learned = learned_by(adapter, str(run.adapter))
+        prompts = load_prompts(config.data, tokenizer, config.seed, learned)
+    write_learned(run.path, prompts.learned, learned)
     check_cluster_answers(config.ray)
     terminal.stage(f"run folder {run.path}")
     terminal.stage(f"{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts{_skipped(prompts)}")
     terminal.stage(reason)
+    if adapter is not None and not is_known(adapter):
+        terminal.stage(f"caution: {adapter} lies in no run folder; what it was trained on may be among the held-out")
     return Plan(config, run, prompts, engine, device)
 
 

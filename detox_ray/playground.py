@@ -77,7 +77,7 @@ def playground(
     adapters = systems_of(run, config)
     for path in adapters.values():
         check_adapter(config.policy.model_copy(update={"adapter": str(path)}))
-    setup = page_setup(run, given, list(adapters), offered_prompts(config, prompts, text_column))
+    setup = page_setup(run, given, list(adapters), offered_prompts(run, config, prompts, text_column))
 
     from detox_ray.serving.playground.app import build_playground
     from detox_ray.serving.reward_app import deploy_in_background, wait_until_running
@@ -172,7 +172,9 @@ def page_setup(run: RunFolder, config: Config, adapters: list[str], prompts: lis
     )
 
 
-def offered_prompts(config: Config, file: str | Path | None, text_column: str | None) -> list[OfferedPrompt]:
+def offered_prompts(
+    run: RunFolder, config: Config, file: str | Path | None, text_column: str | None
+) -> list[OfferedPrompt]:
     """The run's held-out prompts, or some of those in a file, with the toxicity that their file gives them.
 
     Raises:
@@ -180,7 +182,7 @@ def offered_prompts(config: Config, file: str | Path | None, text_column: str | 
     """
     tokenizer = load_tokenizer(config.policy)
     if file is None:
-        learned = learned_by(config.policy.adapter)
+        learned = learned_by(config.policy.adapter, str(run.adapter))
         found = load_prompts(config.data, tokenizer, config.seed, learned).heldout[:OFFERED_PROMPTS]
     else:
         update: dict[str, Any] = {

@@ -134,7 +134,10 @@ class RunCopy:
     def _refuse_in_use(self) -> None:
         lease = _read_json(self._files, f"{self._root}/{LEASE_FILE}")
         # On one host the lock of the folder tells that the copy is of.
-        if lease is None or (lease["host"] == socket.gethostname() and not is_in_use(Path(lease["folder"]))):
+        if lease is None:
+            return
+        folder = lease.get("folder")  # a lease of an earlier version has none
+        if lease["host"] == socket.gethostname() and (folder is None or not is_in_use(Path(folder))):
             return
         silent_s = time.time() - lease["time"]
         if silent_s < LEASE_S:

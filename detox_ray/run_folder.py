@@ -86,9 +86,9 @@ class RunFolder:
                 can its copy in `storage`.
         """
         run = cls.claim(config.run_dir)
-        if config.storage is not None:
-            RunCopy(config.storage, config.name).open(run.path)
         try:
+            if config.storage is not None:
+                RunCopy(config.storage, config.name).open(run.path)
             if run.config_file.exists() and run.checkpoints.exists():
                 run._refuse_another(config)
             else:
@@ -96,6 +96,9 @@ class RunFolder:
                 (run.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
             write_atomically(run.config_file, dump_config(config))
             (run.path / FAILURE_FILE).unlink(missing_ok=True)
+        except ConfigError:
+            run.release()
+            raise
         except OSError as error:
             raise ConfigError(f"output_dir: {run.path} cannot be written ({error.strerror})") from None
         return run

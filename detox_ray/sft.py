@@ -62,10 +62,11 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
     """
     terminal = Terminal(quiet)
     plan = prepare(config, terminal)
-    with kept(plan.run.path, plan.config.storage, plan.config.name):
-        result = run(plan, terminal)
-    plan.run.release()
-    return result
+    try:
+        with kept(plan.run.path, plan.config.storage, plan.config.name):
+            return run(plan, terminal)
+    finally:
+        plan.run.release()
 
 
 def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
@@ -114,9 +115,14 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     end_ids = end_token_ids(config.policy, tokenizer)
     if not end_ids:
         raise ModelError(f"the tokenizer of {config.policy.model} has no end token, so no response could end; set one")
-    examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned_by(config.policy.adapter))
+    adapter = config.policy.adapter
+    learned = learned_by(adapter)
+    examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned)
     run = RunFolder.open(given)
-    write_learned(run.path, examples.learned, config.policy.adapter)
+    if adapter is not None and run.checkpoints.exists():
+        learned = learned_by(adapter, str(run.adapter))  # as in a detoxification
+        examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned)
+    write_learned(run.path, examples.learned, learned)
     write_atomically(run.path / DEV_PROMPTS_FILE, dev_prompts(examples, tokenizer))
     terminal.stage(f"run folder {run.path}")
     terminal.stage(

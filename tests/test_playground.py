@@ -11,6 +11,7 @@ import yaml
 
 from detox_ray import playground
 from detox_ray.config import Config
+from detox_ray.data.learned import write_learned
 from detox_ray.metrics_file import STEPS_FILE
 from detox_ray.playground import offered_prompts, page_setup, systems_of
 from detox_ray.run_folder import RunFolder
@@ -108,14 +109,16 @@ def test_a_run_under_way_says_how_far_it_is_and_a_finished_one_nothing(run: RunF
 
 def test_the_prompts_offered_are_held_out_with_their_files_toxicity(run: RunFolder, tmp_path: Path) -> None:
     config = run.read_config(Config)
-    prompts = offered_prompts(config, None, None)
+    prompts = offered_prompts(run, config, None, None)
     assert len(prompts) == 20
     for prompt in prompts:
         number = int(prompt.text.split()[1])
         assert prompt.toxicity == (None if number % 5 == 0 else number / 50)
+    write_learned(run.path, [f"number {i} is" for i in range(30)], ())
+    assert {int(p.text.split()[1]) for p in offered_prompts(run, config, None, None)} == {*range(30, 50)}
     other = tmp_path / "other.csv"
     other.write_text("question,toxicity\nhow are you,0.25\nwho are you,25%\n")
-    assert {(p.text, p.toxicity) for p in offered_prompts(config, other, "question")} == {
+    assert {(p.text, p.toxicity) for p in offered_prompts(run, config, other, "question")} == {
         ("how are you", 0.25),
         ("who are you", None),
     }

@@ -56,22 +56,23 @@ def load_examples(
     groups = writer.by_group(source, seed)
     if config.dev_source is None:
         new = {group: examples for group, examples in groups.items() if learned_digest(group) not in learned}
+        writer.noted["dialogue that policy.adapter has learned from, so not for the dev loss"] = len(groups) - len(new)
         dev = _first_groups(new, writer.prompts, config.dev_examples)
     else:
         dev = writer.by_group(_read(config.dev_source, config), seed)
         writer.left_out["beginning like a dev example"] += sum(
             len(groups[group]) for group in groups.keys() & dev.keys()
         )
-    of_train = {group: examples for group, examples in groups.items() if group not in dev}
-    train = [example for examples in of_train.values() for example in examples]
+    of_train = [(group, e) for group, examples in groups.items() if group not in dev for e in examples][: config.limit]
+    train = [example for _, example in of_train]
     if not train or not dev:
-        counts = ", ".join(f"{count} {reason}" for reason, count in writer.left_out.items() if count) or "none left out"
+        why = [*writer.left_out.items(), *writer.noted.items()]
+        counts = ", ".join(f"{count} {reason}" for reason, count in why if count) or "none left out"
         raise DataError(
             f"data.source={config.source}: {len(train)} examples to train on and {sum(map(len, dev.values()))} for the "
             f"dev loss are left of {len(source.examples)} ({counts}); lower data.dev_examples={config.dev_examples} or "
             f"raise data.max_tokens={config.max_tokens}"
         )
-    train = train[: config.limit]
     of_dev = [example for examples in dev.values() for example in examples][: config.dev_examples]
     responses = {example.response_ids.tobytes() for example in train}
     writer.noted["dev example whose very response is also trained on, in another dialogue"] = sum(
@@ -84,7 +85,7 @@ def load_examples(
         str(writer.template),
         {reason: count for reason, count in writer.left_out.items() if count},
         {remark: count for remark, count in writer.noted.items() if count},
-        frozenset(of_train),
+        frozenset(group for group, _ in of_train),
     )
 
 

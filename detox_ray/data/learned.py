@@ -7,21 +7,27 @@ from pathlib import Path
 from detox_ray.metrics_file import LEARNED_FILE, write_atomically
 
 
+def is_known(adapter: str) -> bool:
+    """Whether the adapter lies in a run folder that says what it was trained on."""
+    return _file_of(adapter).is_file()
+
+
 def learned_by(*adapters: str | None) -> frozenset[str]:
-    """Digests of the groups of prompts that the adapters of run folders were trained on, there or before.
-
-    Nothing is known of an adapter that lies in no run folder.
-    """
-    files = [Path(adapter).parent / LEARNED_FILE for adapter in adapters if adapter is not None]
-    return frozenset(line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").split())
+    """Digests of the texts that the adapters were trained on, there or before; of those where that is known."""
+    files = [_file_of(adapter) for adapter in adapters if adapter is not None and is_known(adapter)]
+    return frozenset(line for file in files for line in file.read_text(encoding="utf-8").split())
 
 
-def write_learned(folder: Path, groups: Iterable[str], adapter: str | None) -> None:
-    """Leave in a run folder what its adapter learns from, and what the adapter it starts from has learned from."""
-    digests = {learned_digest(group) for group in groups} | learned_by(adapter)
+def write_learned(folder: Path, texts: Iterable[str], before: Iterable[str]) -> None:
+    """Leave in a run folder which texts its adapter learns from, beside the digests of what it learned `before`."""
+    digests = {*map(learned_digest, texts), *before}
     write_atomically(folder / LEARNED_FILE, "".join(f"{digest}\n" for digest in sorted(digests)))
 
 
-def learned_digest(group: str) -> str:
-    """How a group of prompts, which is the turn that their dialogues begin with, stands in the file."""
-    return hashlib.sha256(group.encode()).hexdigest()[:16]
+def learned_digest(text: str) -> str:
+    """How a text, which is a prompt or the turn that a dialogue begins with, stands in the file."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _file_of(adapter: str) -> Path:
+    return Path(adapter).parent / LEARNED_FILE

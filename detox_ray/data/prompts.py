@@ -21,10 +21,11 @@ Record = Mapping[str, Any]
 
 
 class _Found(NamedTuple):
-    """A prompt and what others share that are held out with it: the turn their dialogues begin with, not cut."""
+    """A prompt, what others share that are held out with it, and which texts it is the beginning of (see `learned`)."""
 
     prompt: Prompt
     group: str
+    texts: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class PromptSplit:
     """Prompts to train on and prompts kept for the evaluation; no text is in both.
 
     `skipped` counts what was left out, by reason: "empty text", "null score", "outside score window", "too short",
-    "too long", "duplicate". `learned`: the groups of `train`, each the turn that its dialogues begin with.
+    "too long", "duplicate". `learned`: the texts, not cut, that the prompts of `train` or their dialogues begin with.
     """
 
     train: list[Prompt]
@@ -56,14 +57,14 @@ def load_prompts(
         ConfigError: the source names no part of the lab.
     """
     found, records, skipped = _unique_prompts(config, tokenizer, seed)
-    new = [one for one in found if learned_digest(one.group) not in learned] if learned else found
+    new = [one for one in found if learned.isdisjoint(map(learned_digest, one.texts))] if learned else found
     if len(new) < config.heldout_prompts <= len(found):
         raise DataError(
             f"data.heldout_prompts = {config.heldout_prompts}: {len(found) - len(new)} of {len(found)} prompts are "
-            f"among those that policy.adapter was trained on; lower it to {len(new)} or less, or give more prompts"
+            f"among those that policy.adapter was trained on, {len(new)} are new; hold out fewer, or give other prompts"
         )
     heldout = new[: config.heldout_prompts]
-    groups = {group for _, group in heldout}
+    groups = {one.group for one in heldout}
     train = [one for one in found if one.group not in groups]
     if not train:
         limit = "" if config.limit is None else f", data.limit = {config.limit}"
@@ -72,17 +73,17 @@ def load_prompts(
             f"{records} records in {config.source} ({_listed_counts(skipped)}{limit}); lower it or give more prompts"
         )
     return PromptSplit(
-        [prompt for prompt, _ in train],
-        [prompt for prompt, _ in heldout],
+        [one.prompt for one in train],
+        [one.prompt for one in heldout],
         skipped,
-        frozenset(group for _, group in train),
+        frozenset[str]().union(*(one.texts for one in train)),
     )
 
 
 def load_all_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSplit:
     """As `load_prompts`, with every prompt held out: for an evaluation that no training goes before."""
     found, _, skipped = _unique_prompts(config, tokenizer, seed)
-    return PromptSplit([], [prompt for prompt, _ in found], skipped)
+    return PromptSplit([], [one.prompt for one in found], skipped)
 
 
 def _unique_prompts(
@@ -100,7 +101,8 @@ def _unique_prompts(
         placed += [((place + 0.5) / len(found), one) for place, one in enumerate(found)]
     unique: dict[str, _Found] = {}
     for _, one in sorted(placed, key=lambda item: item[0]):
-        unique.setdefault(normalized(one.prompt.text), one)
+        key = normalized(one.prompt.text)
+        unique[key] = unique[key]._replace(texts=unique[key].texts | one.texts) if key in unique else one
     if repeated := len(placed) - len(unique):
         skipped["duplicate"] += repeated
     return list(unique.values()), sum(records for _, records, _ in parts), dict(skipped)
@@ -121,14 +123,15 @@ def _prompts_of_source(
     else:
         found, records = _templated_prompts(config, tokenizer, skipped)
     unique: dict[str, _Found] = {}
-    for prompt, group in found:
+    for prompt, group, texts in found:
         key = normalized(prompt.text)
         if key in unique:
             skipped["duplicate"] += 1
             # Of several spellings the smallest stays, whatever order they come in.
             prompt = min(prompt, unique[key].prompt, key=lambda p: (p.text, p.token_ids, repr(p.meta)))
             group = min(group, unique[key].group)
-        unique[key] = _Found(prompt, group)
+            texts |= unique[key].texts
+        unique[key] = _Found(prompt, group, texts)
     if not unique:
         raise DataError(
             f"data.source = {config.source!r}: none of {records} records is left ({_listed_counts(skipped)}); "
@@ -156,7 +159,7 @@ def _text_prompts(
         tokenizer([text for text, _ in kept], add_special_tokens=False, verbose=False)["input_ids"] if kept else []
     )
     for (text, meta), ids in zip(kept, encoded, strict=True):
-        group = normalized(text)
+        whole = frozenset({normalized(text)})
         if len(ids) < config.min_tokens:
             skipped["too short"] += 1
             continue
@@ -166,7 +169,7 @@ def _text_prompts(
                 continue
             ids = ids[: config.max_tokens]
             text = str(tokenizer.decode(ids))
-        found.append(_Found(_prompt(text, (*start, *ids, *stop), meta), group))
+        found.append(_Found(_prompt(text, (*start, *ids, *stop), meta), normalized(text), whole))
     return found, len(records)
 
 
@@ -188,7 +191,8 @@ def _templated_prompts(
         elif len(fitting.token_ids) < config.min_tokens + frame:
             skipped["too short"] += 1
         else:
-            found.append(_Found(_prompt(fitting.text, fitting.token_ids, meta), normalized(turns[0])))
+            first = normalized(turns[0])
+            found.append(_Found(_prompt(fitting.text, fitting.token_ids, meta), first, frozenset({first})))
     return found, len(spoken)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detox_ray.errors import DetoxError
+from detox_ray.errors import DetoxError, StorageError
 from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
 from detox_ray.learner.optimizer import make_optimizer, rate_factor
 from detox_ray.policy.adapter import Adapter, content_digest
@@ -139,9 +139,14 @@ class SFT:
         return {"optimizer": self.optimizer.state_dict(), "dev_loss": asdict(self.dev_loss), "best": best}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`."""
+        """Continue from a `state`; raises StorageError where it is of an earlier version."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.dev_loss = DevLoss(**state["dev_loss"])
+        if "best" not in state:
+            raise StorageError(
+                "the checkpoints of this run are of an earlier version, without the best adapter; remove the folder "
+                "checkpoints in it to train from the start"
+            )
         config = self.policy.adapter().peft_config
         best = {name: tensor.numpy() for name, tensor in state["best"].items()}
         self.best = Adapter(0, content_digest(config, best), config, best)

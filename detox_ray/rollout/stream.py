@@ -179,7 +179,9 @@ class RolloutStream:
             ready, _ = ray.wait(list(waiting), timeout=self.config.timeout_s)
             for reference in ready or list(waiting):
                 position = waiting.pop(reference)
-                rollouts = self.pool.result(parts[position], None if ready else 0.0)
+                # Those that are silent still; while one is brought back another may finish.
+                is_silent = not ready and not ray.wait([reference], timeout=0, fetch_local=False)[0]
+                rollouts = self.pool.result(parts[position], 0.0 if is_silent else None)
                 future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
                 finished[position] = (rollouts, future)
         return finished

@@ -140,10 +140,12 @@ class _Job:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         placement = {*CLASSIFIER_PLACEMENT}
         exclude = dict.fromkeys(placement, True) | {"perspective": placement}
-        scorers = [
-            c.model_dump(mode="json", exclude=exclude) | {"exactly": model_revision(c)} for c in self.classifiers
-        ]
-        return {"format": FORMAT, "file sha256": digest, "text column": self.text_column, "scorers": scorers}
+        scorers = {
+            f"scorer {c.name}": {"model": model_revision(c), "settings": c.model_dump(mode="json", exclude=exclude)}
+            for c in self.classifiers
+        }
+        names = [c.name for c in self.classifiers]
+        return {"format": FORMAT, "file sha256": digest, "text column": self.text_column, "scorers": names} | scorers
 
 
 def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Terminal) -> float:

@@ -100,8 +100,8 @@ class ClassifierDeployment:
         except (DetoxError, DeadlineError):
             raise
         except Exception as error:
-            # Serve logs it, and its message may quote a text.
-            raise RewardError(without_message(error)) from None
+            # Serve logs it, and its message may quote a text, which may be a user's where the app is part of a service.
+            raise RewardError(without_message(error) if self._release else described(error)) from None
         finally:
             self._busy.release()
 
@@ -177,7 +177,7 @@ class EnsembleDeployment:
                 failures += 1
                 if failures > self._config.retries:
                     raise RewardError(f"classifier {name!r} failed {failures} times: {described(cause)}") from None
-                logger.warning("classifier %r failed, attempt %d: %s", name, failures, described(cause))
+                logger.warning("classifier %r failed, attempt %d: %s", name, failures, type(cause).__name__)
                 await asyncio.sleep(0.1 * 2**failures)
             except TimeoutError:
                 response.cancel()

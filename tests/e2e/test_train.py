@@ -1,5 +1,6 @@
 """The whole run on the offline lab by the command line: killed, continued, evaluated again, failed."""
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -24,7 +25,6 @@ from detox_ray.data.lab import lab_path
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint
 from detox_ray.metric_names import FAMILIES, JUDGED, TRAINING
 from detox_ray.metrics_file import read_metrics
-from detox_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -182,14 +182,13 @@ def test_a_complete_run_is_not_run_again_and_not_overwritten(
     folder = killed.folder
     arguments = [*COMMAND[1:], "name=moved", f"output_dir={folder.parent}", *SMALL]
     before = (folder / "metrics.jsonl").read_bytes()
-    try:
-        again = CliRunner().invoke(app, arguments)
-        assert again.exit_code == 0
-        assert "is complete" in again.output
-        assert (folder / "metrics.jsonl").read_bytes() == before
-        assert "holds a run with ppo.learning_rate" in refused_line(*arguments, "ppo.learning_rate=0.01")
-    finally:
-        RunFolder(folder).release()
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0
+    assert "is complete" in again.output
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert "holds a run with ppo.learning_rate" in refused_line(*arguments, "ppo.learning_rate=0.01")
+    with (folder / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds the folder any more
 
 
 def test_an_evaluation_can_be_repeated(killed: Continued, refused_line: Callable[..., str]) -> None:

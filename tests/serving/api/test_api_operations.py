@@ -258,26 +258,22 @@ def test_a_serve_that_already_listens_is_used_where_it_listens(address: str) -> 
             pass
 
 
-@pytest.mark.parametrize(
-    "error", [RewardError("no start"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
-)
-def test_an_app_that_does_not_get_ready_is_deleted(
-    address: str, monkeypatch: pytest.MonkeyPatch, error: BaseException
+def test_an_app_that_is_interrupted_before_it_is_ready_is_deleted(
+    address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served, deploy = [], reward_app.deploy_in_background
 
     def interrupted(address: str) -> None:
         served.append(set(serve.status().applications))
-        raise error
+        raise KeyboardInterrupt
 
     # The root belongs to another app of these tests.
     monkeypatch.setattr(reward_app, "deploy_in_background", lambda app, name, _: deploy(app, name, "/elsewhere"))
     port = int(address.rpartition(":")[2])
     reward = RewardConfig(classifiers=[linear("rude_words", "faulty:rude_words")])
     config = ApiConfig.model_validate({"reward": reward, "http": {"port": port}})
-    with pytest.raises(type(error)) as raised:
+    with pytest.raises(KeyboardInterrupt):
         serve_api(config, on_ready=interrupted)
-    assert raised.value is error
     assert APP_NAME in served[0]
     assert APP_NAME not in serve.status().applications
 
