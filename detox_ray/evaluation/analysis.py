@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config import Config, EvaluationConfig, PolicyConfig
 from detox_ray.evaluation import analysis_inputs as inputs
 from detox_ray.evaluation import analysis_sections as sections
@@ -108,10 +109,8 @@ def analyze(
     check_captum()
     encoder = None if relevance_model is None else SentenceEncoder(relevance_model, relevance_revision)
     if policy is None:
-        config = inputs.read_run_config(folder)
-        policy, model_name = inputs.served_base(folder, config), config.policy.model
-        evaluation = config.evaluation if isinstance(config, Config) else EvaluationConfig()
-        judge = judge or load_classifier(evaluation.judge)
+        policy, model_name, judge_of_run = _base_and_judge(folder)
+        judge = judge or load_classifier(judge_of_run)
     else:
         model_name = policy.model
     inputs.check_decoder_only(policy)
@@ -131,6 +130,13 @@ def analyze(
     }
     write_atomically(folder / ANALYSIS_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content
+
+
+def _base_and_judge(folder: Path) -> tuple[PolicyConfig, str, ClassifierConfig]:
+    """The base that answered in a run, the name of the model it was made of, and the run's judge."""
+    config = inputs.read_run_config(folder)
+    evaluation = config.evaluation if isinstance(config, Config) else EvaluationConfig()
+    return inputs.served_base(folder, config), config.policy.model, evaluation.judge
 
 
 @torch.no_grad()
