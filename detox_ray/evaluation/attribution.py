@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ def check_captum() -> None:
         ConfigError: it is not installed, or matplotlib, which it imports, is not.
     """
     try:
-        import_module("captum.attr")
+        import captum.attr  # noqa: F401 - only to see whether it can be
     except ImportError as error:
         raise ConfigError(f"the analysis needs captum ({error}): pip install 'detox_ray[analysis]'") from None
 
