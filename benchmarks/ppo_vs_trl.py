@@ -10,7 +10,8 @@ here when missing. Both sides have:
     the same prompts as token ids, each used once; batches of 64; 20 new tokens each, the end token off; temperature 1
     4 epochs x 4 minibatches of 16 rows, 16 optimiser steps a batch, the same learning rate, KL coefficient and lambda
     the same reward model of the policy's size, with a random head, on prompt + response
-    the same machine, two threads or two single-threaded workers at a time; start-up and warm-up steps left out
+    the same machine, two threads or two single-threaded workers at a time; start-up, warm-up steps and the last step,
+    during which nothing is sampled ahead, are left out
 
 What differs, because it is how each is made:
 
@@ -22,6 +23,8 @@ What differs, because it is how each is made:
     reference   both: the base with the adapter off.
     proximal    TRL takes the sampler's log-probs. Ours computes them again, for the importance weight.
     prompts     TRL pads each batch to its longest prompt. Ours sorts by length and pads only within a minibatch.
+    staleness   both sample with the policy as it is. With --set rollout.max_staleness=1 ours samples the next batch
+                while it learns from this one, and weights its tokens by their importance; TRL has no such mode.
     clipping    ours clips gradients, TRL 1.12 does not.
     --bf16      TRL: its option, float32 weights under autocast. Ours: policy.compute_dtype, a bfloat16 base and engine.
     --compile   TRL: its option torch_compile, which made no difference when it was tried. Ours: train.compile.
@@ -122,7 +125,7 @@ def _config(options: argparse.Namespace, scratch: Path) -> Any:
     from detox_ray.config_file import parse_config
     from detox_ray.data.lab import lab_path
 
-    steps = options.warmup + options.steps
+    steps = options.warmup + options.steps + 1  # the last one is not measured
     reward = {"name": "reward", "kind": "transformers", "model": str(scratch / "reward"), "label": 0}
     return parse_config(
         {
@@ -247,11 +250,12 @@ def _run_trl(task: dict[str, Any], config: Any, folder: Path, options: argparse.
 
 def _summary(result: dict[str, Any], warmup: int) -> dict[str, Any]:
     """Samples a second over the measured steps of one run, and where the time went where that is known."""
-    steps = result["step_s"][warmup:]
+    measured = slice(warmup, -1)
+    steps = result["step_s"][measured]
     summary = {key: value for key, value in result.items() if key not in ("phases", "log")}
     summary |= {"samples_per_s": BATCH * len(steps) / sum(steps), "measured_step_s": spread(steps)}
     if "phases" in result:
-        summary["phase_s"] = {name: spread(values[warmup:]) for name, values in result["phases"].items()}
+        summary["phase_s"] = {name: spread(values[measured]) for name, values in result["phases"].items()}
     return summary
 
 
