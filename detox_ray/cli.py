@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from detox_ray.config import Config
 from detox_ray.config_file import dump_config, load_config, read_tree
 from detox_ray.config_section import Section
 from detox_ray.errors import ConfigError, DetoxError, storage_error
@@ -30,7 +29,9 @@ ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/lap
 INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C
 CalibrationMethod = Literal["auto", "none", "temperature", "isotonic"]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as ppo.learning_rate=1e-4")]
-ScorersPath = Annotated[Path, typer.Option(help="YAML file of a run or an evaluation, whose scorers are used")]
+ScorersPath = Annotated[
+    Path | None, typer.Option(help="YAML file of the service, an evaluation or a run; none: the embedded service")
+]
 RunPath = Annotated[Path, typer.Argument(help="run folder, such as runs/demo")]
 
 
@@ -171,7 +172,7 @@ def export(
 @app.command()
 def score(
     texts: Annotated[list[str], typer.Argument(help="texts; - for one a line of standard input; with --output a file")],
-    config: ScorersPath = Path("configs/laptop.yaml"),
+    config: ScorersPath = None,
     output: Annotated[Path | None, typer.Option(help="score the file named instead of texts into this folder")] = None,
     text_column: Annotated[str, typer.Option(help="of the file")] = "text",
     workers: Annotated[int | None, typer.Option(help="processes that score the file; none: one a CPU")] = None,
@@ -200,7 +201,7 @@ def score(
 @app.command()
 def audit(
     cases: Annotated[Path, typer.Argument(help="labelled cases: HateCheck's CSV, or any CSV, JSONL or Parquet file")],
-    config: ScorersPath = Path("configs/laptop.yaml"),
+    config: ScorersPath = None,
     output: Annotated[Path, typer.Option(help="folder of the audit")] = Path("runs/audit"),
     text_column: Annotated[str, typer.Option(help="with the text")] = "test_case",
     label_column: Annotated[str, typer.Option(help="with the label")] = "label_gold",
@@ -297,14 +298,14 @@ def playground(
 def config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved configuration of a run, an evaluation or the scoring service."""
     from detox_ray.meter_config import meter_config
-    from detox_ray.serving.api_config import ApiConfig, load_api_config
+    from detox_ray.serving.api_config import is_of_service, load_api_config
     from detox_ray.sft_config import load_run_config
 
     given = overrides or []
-    sections = read_tree(config, given).keys()
-    if "systems" in sections:
+    tree = read_tree(config, given)
+    if "systems" in tree:
         resolved: Section = meter_config(config, given)
-    elif sections & (ApiConfig.model_fields.keys() - Config.model_fields.keys()):
+    elif is_of_service(tree):
         resolved = load_api_config(config, given)
     else:
         resolved = load_run_config(config, given)

@@ -23,7 +23,7 @@ from detox_ray.rollout.stream import RolloutStream, sampling_of
 from detox_ray.run_copy import kept
 from detox_ray.schedule import Schedule
 from detox_ray.serving.app_guard import guard_app
-from detox_ray.serving.controller_watch import controller_watched
+from detox_ray.serving.controller_watch import SHORTEST_PATIENCE_S, controller_watched
 from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
 from detox_ray.serving.reward_client import RewardClient, fit_calibrations
 from detox_ray.serving.rollout_scorer import RolloutScorer
@@ -63,10 +63,10 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
         return finished
-    plan = plan.with_dequantized_base()
     needed = placements(plan.config)
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
         wait_in_words(needed, terminal)
+        plan = plan.with_dequantized_base()
         terminal.stage("starting rollout workers and reward classifiers")
         with rollout_workers(plan.engine, plan.config.rollout) as workers, reward_app(plan):
             pool = worker_pool(plan, workers)
@@ -106,7 +106,7 @@ def reward_app(plan: Plan) -> Iterator[None]:
     if cluster_address(plan.config.ray) is not None:
         guard_app(plan.app_name)
     # Twice as patient as the watch, a scoring call waits until the controller is back and replaces a lost replica.
-    with controller_watched(plan.config.reward.timeout_s / 2):
+    with controller_watched(max(SHORTEST_PATIENCE_S, plan.config.reward.timeout_s / 2)):
         deploy_reward_app(plan.config.reward, plan.app_name)
         try:
             yield

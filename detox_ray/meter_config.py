@@ -22,6 +22,7 @@ from detox_ray.data.sources import FILE_SUFFIXES
 from detox_ray.errors import ConfigError
 from detox_ray.metrics_file import DEV_PROMPTS_FILE
 from detox_ray.run_folder import RunFolder
+from detox_ray.serving.api_config import is_of_service, load_api_config
 from detox_ray.sft_config import SFTConfig, parse_run_config
 
 SAMPLES_PER_PROMPT = 25  # of RealToxicityPrompts, as are the 20 tokens of RolloutConfig
@@ -212,14 +213,18 @@ class ScorerList(Section):
     scorers: list[ClassifierConfig]
 
 
-def load_scorers(path: str | Path) -> ScorerList:
-    """The scorers of an evaluation's YAML file, or the judge and the reward's classifiers of a run's.
+def load_scorers(path: str | Path | None) -> ScorerList:
+    """The scorers of an evaluation's or the service's YAML file, or the judge and the reward's classifiers of a run's.
+
+    None is the embedded service.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is out of bounds.
     """
-    tree = read_tree(path)
+    tree = {} if path is None else read_tree(path)
     if "systems" in tree:
         return ScorerList(scorers=parse_section(MeterConfig, tree).scorers)
+    if path is None or is_of_service(tree):
+        return ScorerList(scorers=load_api_config(path, calibrated=False).reward.classifiers)
     config = parse_section(Config, tree)
     return ScorerList(scorers=[config.evaluation.judge, *config.reward.classifiers])

@@ -13,6 +13,7 @@ FINE_TUNING_FILE = "fine_tuning.json"  # what became of a fine-tuning, once it i
 LEARNED_FILE = "learned_prompts.txt"  # digests of what the adapter was trained on; see `data.learned`
 DEV_PROMPTS_FILE = "dev_prompts.jsonl"  # the prompts of a fine-tuning's dev examples, as its model reads them
 ADAPTER_FOLDER = "adapter"
+CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"  # in a checkpoint's folder, written last
 STEPS_FILE = "steps.txt"  # in the adapter's folder: how many steps it was trained for

@@ -15,11 +15,12 @@ from typing import Any
 
 import fsspec
 import pyarrow
+import yaml
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalFileSystem, PyFileSystem
 
 from detox_ray.errors import ConfigError, StorageError
 from detox_ray.folder_lock import is_in_use
-from detox_ray.metrics_file import CHECKPOINT_FOLDER, MANIFEST_FILE
+from detox_ray.metrics_file import CHECKPOINT_FOLDER, CONFIG_FILE, MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,27 @@ class RunCopy:
             if there > here:
                 self._fetch(folder)
             self._write_lease(folder)
-        except (OSError, pyarrow.ArrowException) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # fsspec's file systems raise errors of their own
             raise ConfigError(f"storage: {self.address} cannot be used ({_first_line(error)})") from None
+
+    def config_tree(self) -> dict[str, Any] | None:
+        """The configuration of the run in the copy; None: it has none that came as far as a checkpoint.
+
+        Raises:
+            ConfigError: the copy cannot be read.
+        """
+        try:
+            if _steps(self._files, self._root) < 0:
+                return None
+            with self._files.open_input_stream(f"{self._root}/{CONFIG_FILE}") as file:
+                found = yaml.safe_load(file.read())
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise ConfigError(f"storage: {self.address} cannot be used ({_first_line(error)})") from None
+        return found if isinstance(found, dict) else None
 
     def save(self, folder: Path) -> None:
         """Make the copy like the folder; a checkpoint becomes whole there last, and is removed after a newer one came.
@@ -85,7 +105,7 @@ class RunCopy:
             for name in self._saved.keys() - set(present):
                 self._files.delete_file(f"{self._root}/{name}")
                 del self._saved[name]
-        except (OSError, pyarrow.ArrowException) as error:
+        except Exception as error:
             raise StorageError(
                 f"storage: {self.address} cannot be written ({_first_line(error)}); the run is whole in {folder}: "
                 "start the same command again once the cause is mended"
@@ -93,7 +113,7 @@ class RunCopy:
 
     def release(self) -> None:
         """Let others use the copy at once."""
-        with suppress(OSError, pyarrow.ArrowException):
+        with suppress(Exception):
             self._files.delete_file(f"{self._root}/{LEASE_FILE}")
 
     def _save_file(self, folder: Path, name: str, saved: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -20,6 +20,7 @@ from detox_ray.folder_lock import is_in_use, lock, release
 from detox_ray.metrics_file import (
     ADAPTER_FOLDER,
     CHECKPOINT_FOLDER,
+    CONFIG_FILE,
     FAILURE_FILE,
     METRICS_FILE,
     STEPS_FILE,
@@ -55,7 +56,7 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / CONFIG_FILE
 
     @property
     def metrics_file(self) -> Path:
@@ -88,9 +89,12 @@ class RunFolder:
         run = cls.claim(config.run_dir)
         try:
             if config.storage is not None:
-                RunCopy(config.storage, config.name).open(run.path)
+                copy = RunCopy(config.storage, config.name)
+                if (tree := copy.config_tree()) is not None:
+                    _refuse_another(copy.address, _parse_kind(copy.address, tree, type(config)), config)
+                copy.open(run.path)
             if run.config_file.exists() and run.checkpoints.exists():
-                run._refuse_another(config)
+                _refuse_another(str(run.path), run.read_config(type(config)), config)
             else:
                 # A run that has not come as far as a checkpoint has nothing to lose, and may become another.
                 (run.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
@@ -119,16 +123,6 @@ class RunFolder:
             raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
         return cls(path)
 
-    def _refuse_another(self, config: RunSettings) -> None:
-        old, new = (_flatten(c.model_dump(mode="json")) for c in (self.read_config(type(config)), config))
-        different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_placement(k)]
-        if different:
-            key = different[0]
-            raise ConfigError(
-                f"{self.path} holds a run with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
-                "choose another name=..., or remove the folder"
-            )
-
     @classmethod
     def existing(cls, path: str | Path) -> "RunFolder":
         """The folder of a run that was started before.
@@ -151,16 +145,7 @@ class RunFolder:
         Raises:
             ConfigError: it is of another kind of run.
         """
-        tree = self.read_config_tree()
-        if ("reward" in tree) != ("reward" in kind.model_fields):
-            found, wanted = "detoxification run (detox-ray train)", "fine-tuning run (detox-ray sft)"
-            if "reward" not in tree:
-                found, wanted = wanted, found
-            raise ConfigError(
-                f"{self.path} holds a {found}, and this needs a {wanted}; choose another name=..., which can go on "
-                f"from policy.adapter={self.adapter}"
-            )
-        return parse_section(kind, tree)
+        return _parse_kind(str(self.path), self.read_config_tree(), kind)
 
     def read_config_tree(self) -> dict[str, Any]:
         """The configuration the run was started with, as it stands in the file.
@@ -197,6 +182,44 @@ class RunFolder:
         if path.exists():
             failure = json.loads(path.read_text(encoding="utf-8"))
             raise getattr(errors, failure["type"], DetoxError)(failure["message"])
+
+
+def _parse_kind(where: str, tree: dict[str, Any], kind: type[S]) -> S:
+    """The configuration of the run that is there.
+
+    Raises:
+        ConfigError: it is of another kind of run.
+    """
+    if ("reward" in tree) != ("reward" in kind.model_fields):
+        found, wanted = "detoxification run (detox-ray train)", "fine-tuning run (detox-ray sft)"
+        if "reward" not in tree:
+            found, wanted = wanted, found
+        raise ConfigError(
+            f"{where} holds a {found}, and this needs a {wanted}; choose another name=..., which can go on "
+            f"from policy.adapter={where}/{ADAPTER_FOLDER}"
+        )
+    return parse_section(kind, tree)
+
+
+def _refuse_another(where: str, found: RunSettings, wanted: RunSettings) -> None:
+    """Raises:
+    ConfigError: the run found there is another one; what may differ is where it runs and where its files are.
+    """
+    old, new = (_flatten(config.model_dump(mode="json")) for config in (found, wanted))
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if before != now and not _is_placement(key) and not _has_moved(before, now):
+            raise ConfigError(
+                f"{where} holds a run with {key} = {before!r}, not {now!r}; "
+                "choose another name=..., or remove the folder"
+            )
+
+
+def _has_moved(before: Any, now: Any) -> bool:
+    """Whether a file or folder is in another place now, as with every job that brings its working directory."""
+    if not (isinstance(before, str) and isinstance(now, str) and os.path.isabs(before) and os.path.isabs(now)):
+        return False
+    return Path(before).name == Path(now).name and not Path(before).exists() and Path(now).exists()
 
 
 def _is_placement(key: str) -> bool:

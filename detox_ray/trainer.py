@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import ray
 from ray import PlacementGroupID, cloudpickle
 from ray.exceptions import RayActorError
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
@@ -31,6 +32,9 @@ T = TypeVar("T")
 
 # How long Ray Train's controller may be busy starting the learners.
 WORKER_GROUP_START_S = 60.0
+# How long learners wait for the first one, which may be waiting for a rollout worker to start anew; that one of them is
+# gone or hangs is for Ray Train's health check to see.
+COLLECTIVE_S = 24 * 3600
 # Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
 # times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
 # them back to the system and taking page faults to get them again.
@@ -120,6 +124,7 @@ def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> _Trainer:
             use_gpu=config.num_gpus > 0,
             resources_per_worker={"CPU": config.num_cpus, "GPU": config.num_gpus, **config.resources},
         ),
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_S),
         run_config=RunConfig(
             name=run.checkpoints.name,
             storage_path=str(run.path),

@@ -1,6 +1,7 @@
 """What a user can get wrong: one line with the value and the fix, exit code 2, before anything expensive starts."""
 
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -48,8 +49,6 @@ def test_prompt_file(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_tokenizer_without_pad_token(refused: Refused, tiny_model: str, tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(tiny_model, tmp_path / "no-pad")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
@@ -138,6 +137,21 @@ def test_storage(refused: Refused) -> None:
     assert "storage='nowhere://x' is no address that pyarrow or fsspec can open" in refused("storage=nowhere://x")
 
 
+def test_storage_with_another_run(refused: Refused, tmp_path: Path) -> None:
+    nowhere = ("rollout.engine=transformers", "ray.address=127.0.0.1:1", f"storage=file://{tmp_path / 'store'}")
+    refused(*nowhere)
+    checkpoint = tmp_path / "store" / "run" / "checkpoints" / "checkpoint_3" / "manifest.json"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text('{"step": 3}')
+    shutil.copy(tmp_path / "runs" / "run" / "config.yaml", tmp_path / "store" / "run")
+    elsewhere = (f"output_dir={tmp_path / 'elsewhere'}", "ppo.learning_rate=0.25")
+    error = refused(*nowhere, *elsewhere)
+    assert "store/run holds a run with ppo.learning_rate = " in error
+    assert "not 0.25; choose another name=" in error
+    assert checkpoint.exists()
+    assert not (tmp_path / "elsewhere" / "run" / "checkpoints").exists()
+
+
 def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:
     nowhere = ("rollout.engine=transformers", "ray.address=127.0.0.1:1")
     refused(*nowhere)
@@ -147,6 +161,21 @@ def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:
     error = refused(*nowhere, "ppo.learning_rate=0.25")
     assert "holds a run with ppo.learning_rate = 0.5, not 0.25" in error
     assert "does not answer" in refused(*nowhere, "ppo.learning_rate=0.5", "rollout.timeout_s=7", "train.threads=2")
+
+
+def test_inputs_that_are_in_another_place_now(refused: Refused, tmp_path: Path) -> None:
+    nowhere = ("rollout.engine=transformers", "ray.address=127.0.0.1:1")
+    lines = "".join(f"a prompt of its own, number {i}\n" for i in range(40))
+    for folder in ("before", "after"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "prompts.txt").write_text(lines)
+    before, after = (f"data.source={tmp_path / folder / 'prompts.txt'}" for folder in ("before", "after"))
+    few = ("data.heldout_prompts=4", "evaluation.prompts=4", "ppo.batch_size=8", "data.max_tokens=48")
+    assert "does not answer" in refused(*nowhere, *few, before)
+    (tmp_path / "runs" / "run" / "checkpoints").mkdir()
+    assert "holds a run with data.source" in refused(*nowhere, *few, after)
+    (tmp_path / "before" / "prompts.txt").unlink()
+    assert "does not answer" in refused(*nowhere, *few, after)
 
 
 def test_evaluate_without_a_run(

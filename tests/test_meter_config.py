@@ -1,12 +1,13 @@
 """What an evaluation is made of, from a run folder, a model, a file or a YAML file."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from detox_ray import ConfigError
 from detox_ray.config_file import dump_config, parse_config
-from detox_ray.meter_config import meter_config
+from detox_ray.meter_config import load_scorers, meter_config
 from detox_ray.sft_config import SFTConfig
 
 pytestmark = pytest.mark.unit
@@ -102,3 +103,16 @@ def test_a_system_is_a_model_or_a_file(tmp_path: Path) -> None:
     path.write_text("systems: [{name: a, responses: a.csv}]\nprompt: 5")
     with pytest.raises(ConfigError, match="did you mean 'prompts'"):
         meter_config(path)
+
+
+def test_scorers_of_every_kind_of_file_and_of_none(run: Path, tmp_path: Path) -> None:
+    def names(path: Path | None) -> list[str]:
+        return [scorer.name for scorer in load_scorers(path).scorers]
+
+    reward = f"reward: {json.dumps(REWARD)}\n"
+    service, evaluation = tmp_path / "service.yaml", tmp_path / "evaluation.yaml"
+    service.write_text(f"{reward}attributes: {{TOXICITY: {{classifier: a}}}}\n")
+    evaluation.write_text(f"systems: [{{name: x, responses: x.csv}}]\nscorers: {json.dumps(REWARD['classifiers'])}\n")
+    assert names(run / "config.yaml") == ["alt-profanity-check", "a"]
+    assert names(service) == names(evaluation) == ["a"]
+    assert names(None) == ["alt-profanity-check", "lab-transformer"]

@@ -94,7 +94,8 @@ class PPO:
 
         Raises:
             SyncError: the mean log-probability gap of an on-policy batch is above the bound.
-            DivergenceError: a bound of `ppo.divergence` is passed; the weights may have changed.
+            DivergenceError: a bound of `ppo.divergence` is passed, or the policy computes no numbers; the weights may
+                have changed.
         """
         torch.manual_seed(self._seed * 1_000_003 + step * 1_009 + world()[0])
         self._set_learning_rate(step)
@@ -120,7 +121,9 @@ class PPO:
 
         tokens = mask.sum()
         gap = (current.logprobs - behaviour).abs()
-        gap_sum, token_count = sum_over_learners(gap.sum(), tokens)
+        gap_sum, token_count, broken = sum_over_learners(gap.sum(), tokens, (~current.logprobs.isfinite()).sum())
+        if broken > 0:
+            raise DivergenceError(f"{int(broken)} of the policy's {int(token_count)} log-probabilities are no numbers")
         if not torch.isfinite(gap_sum) or (on_policy and gap_sum / token_count > law.max_logprob_gap):
             raise SyncError(
                 f"engine and learner differ by {float(gap_sum / token_count):.3g} nats a token on the same policy "

@@ -135,12 +135,14 @@ def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> 
             line = one_step(task, ppo, step, started)
         except DivergenceError as problem:
             recovery.roll_back(step, problem)
-            on_first_learner(task.stream.discard)
-            publish(task, ppo.policy)
             rejected += 1
         else:
             recovery.step_is_good()
             return {"step": step, **line, "rejected": rejected, "ended_at": time.time()}
+        # Behind the handler, whose exception holds on to what the update had in memory.
+        make_room(task.config)
+        on_first_learner(task.stream.discard)
+        publish(task, ppo.policy)
 
 
 def one_step(task: LearnerTask, ppo: PPO, step: int, started: float) -> dict[str, float]:
@@ -156,8 +158,7 @@ def one_step(task: LearnerTask, ppo: PPO, step: int, started: float) -> dict[str
     received = time.perf_counter()
     metrics = ppo.update(rollouts, rewards, step, on_policy=batch.staleness == 0)
     learned = time.perf_counter()
-    if config.rollout.in_turns:
-        torch.cuda.empty_cache()  # what the update took, for the engines that wake up now
+    make_room(config)
     on_first_learner(stream.settle)
     settled = time.perf_counter()
     version = publish(task, ppo.policy)
@@ -176,6 +177,12 @@ def one_step(task: LearnerTask, ppo: PPO, step: int, started: float) -> dict[str
         "tokens_per_s": sum(len(r.response_ids) for r in batch.rollouts) / seconds,
         "samples_per_s": len(batch.rollouts) / seconds,
     }
+
+
+def make_room(config: Config) -> None:
+    """Give back what the update took, for the engines that wake up now."""
+    if config.rollout.in_turns:
+        torch.cuda.empty_cache()
 
 
 def publish(task: LearnerTask, policy: Policy) -> int:

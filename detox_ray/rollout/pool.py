@@ -53,6 +53,15 @@ class Part:
     restarts: int = 0
 
 
+def seed_of_call(seed: int, call: int) -> int:
+    """In [0, 2^31): another for every call of a batch, and for those of the batches with the seeds beside it.
+
+    The calls of thousands of batches are apart: 31 each in a row, those that are more in rows far behind.
+    """
+    row, place = divmod(call, 31)
+    return (seed * 31 + place + row * 15_485_863) % 2**31
+
+
 class WorkerPool:
     """N worker actors that serve one adapter version. Picklable; its copies share the actors.
 
@@ -121,7 +130,7 @@ class WorkerPool:
         parts: list[Part] = []
         for worker, (start, end) in enumerate(pairwise(edges)):
             for first in range(start, end, size):
-                own = replace(sampling, seed=(sampling.seed * 31 + len(parts)) % 2**31)
+                own = replace(sampling, seed=seed_of_call(sampling.seed, len(parts)))
                 parts.append(self._ask(Part(worker, prompts[first : min(first + size, end)], samples, own)))
         return parts
 

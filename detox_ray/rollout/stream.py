@@ -120,7 +120,8 @@ class RolloutStream:
                 prompts = self.prompts_for_step(ahead)
                 parts = self.pool.submit(prompts, self.config.samples_per_prompt, self._sampling(ahead))
                 self._sampled[ahead] = Event()
-                self._in_flight[ahead] = self._threads().submit(self._gather, parts, self._sampled[ahead])
+                events = (self._sampled.get(ahead - 1), self._sampled[ahead])
+                self._in_flight[ahead] = self._threads().submit(self._gather, parts, *events)
         asked = time.perf_counter()
         gathered = self._in_flight.pop(step).result()
         del self._sampled[step]
@@ -156,9 +157,14 @@ class RolloutStream:
     def _sampling(self, step: int) -> Sampling:
         return sampling_of(self.config, seed=(self.seed * 1_000_003 + step) % 2**31)
 
-    def _gather(self, parts: list[Part], all_sampled: Event) -> Gathered:
-        """Wait for the parts in the order they finish, and have each scored while the others go on."""
+    def _gather(self, parts: list[Part], before: Event | None, all_sampled: Event) -> Gathered:
+        """Wait for the parts in the order they finish, and have each scored while the others go on.
+
+        Not until the batch `before` is sampled: behind that, a worker's silence means nothing.
+        """
         try:
+            if before is not None:
+                before.wait()
             finished = self._sampled_parts(parts)
         finally:
             all_sampled.set()

@@ -206,6 +206,11 @@ class ApiConfig(Section):
                 raise ValueError(f"calibration.{key} was fitted for {was}, which {key} no longer reads; {fix}")
 
 
+def is_of_service(tree: dict[str, Any]) -> bool:
+    """Whether a plain tree has a section that only the service has."""
+    return bool(tree.keys() & (ApiConfig.model_fields.keys() - Config.model_fields.keys()))
+
+
 def load_api_config(
     source: str | Path | dict[str, Any] | None, overrides: Overrides = (), calibrated: bool = True
 ) -> ApiConfig:

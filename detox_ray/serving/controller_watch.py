@@ -10,6 +10,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from detox_ray.hung_actor import kill_when_hung
 
 POLL_S = 1.0
+SHORTEST_PATIENCE_S = 10.0  # a controller shared with others may be busy so long
 RESTART_S = 60.0  # within which the controller is back after a kill
 
 

@@ -299,6 +299,7 @@ def _lifecycle(drain_s: float) -> dict[str, Any]:
     """Deployment options: an update starts new replicas before it stops the old ones."""
     return {
         "health_check_period_s": 2,
+        "health_check_timeout_s": 10,  # after three of these a replica that hangs is replaced
         "graceful_shutdown_timeout_s": drain_s,
         "graceful_shutdown_wait_loop_s": 0.2,
         "max_surge_percent": 100,

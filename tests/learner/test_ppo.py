@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detox_ray.config import PolicyConfig
-from detox_ray.errors import SyncError
+from detox_ray.errors import DivergenceError, SyncError
 from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
@@ -94,6 +94,15 @@ def test_an_engine_that_is_another_policy_is_refused(tiny_model: str) -> None:
         ppo.update(rollouts, rewards_of(), 0, on_policy=True)
     metrics = ppo.update(rollouts, rewards_of(), 0, on_policy=False)
     assert metrics["importance_mean"] == pytest.approx(math.exp(-0.01), rel=1e-4)
+
+
+def test_a_policy_that_computes_no_numbers_is_to_be_rolled_back(tiny_model: str) -> None:
+    ppo = learner(tiny_model)
+    rollouts = rollouts_of(ppo)
+    with torch.no_grad():
+        ppo.policy.adapter_parameters()[0][0, 0] = torch.nan
+    with pytest.raises(DivergenceError, match="log-probabilities are no numbers"):
+        ppo.update(rollouts, rewards_of(), 0, on_policy=True)
 
 
 def test_a_nan_from_the_engine_is_refused(tiny_model: str) -> None:

@@ -23,7 +23,7 @@ from detox_ray.policy.adapter import Adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
 from detox_ray.rollout.engine import EngineSpec
-from detox_ray.rollout.pool import WorkerPool, is_stale
+from detox_ray.rollout.pool import WorkerPool, is_stale, seed_of_call
 from detox_ray.rollout.stream import RolloutStream
 from detox_ray.rollout.worker import start_workers, stop_workers
 from detox_ray.schedule import Schedule
@@ -154,6 +154,19 @@ def test_a_batch_ahead_is_sampled_and_scored_while_the_learner_learns(
     waited = stale_stream.next_batch(1, last_step=3).metrics
     assert waited["time_rollout_s"] == 0
     assert waited["time_reward_s"] < 0.1
+
+
+def test_a_worker_busy_with_the_batches_before_is_not_taken_for_hung(workers: list[Any], policy: LightPolicy) -> None:
+    streams = make_stream(workers, max_staleness=2)
+    stream = next(streams)
+    # Three batches of four calls each a worker: the last one's first answer comes after eight calls, or 1.6 s.
+    stream.config = stream.pool._config = stream.config.model_copy(update={"max_num_seqs": 1, "timeout_s": 1.4})
+    stream.prompts_for_step = Schedule(PROMPTS, len(PROMPTS), 0)
+    publish(stream, policy)
+    stream.next_batch(0, last_step=2)
+    assert len(stream._in_flight[2].result(timeout=60).rollouts) == 2 * len(PROMPTS)
+    assert stream.pool.restarts == 0
+    next(streams, None)
 
 
 def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(
@@ -345,6 +358,14 @@ def test_a_worker_that_hangs_while_it_starts_is_started_anew(local_ray: Path) ->
     with pytest.raises(SyncError, match="never acknowledged"):
         RolloutStream(pool, Schedule(PROMPTS, 1, 0), LengthScorer(), config, seed=0).next_batch(0, last_step=0)
     stop_workers(workers)
+
+
+def test_no_two_calls_of_neighbouring_batches_have_a_seed_in_common() -> None:
+    first = 7 * 1_000_003  # of a run's steps, see `RolloutStream`
+    seeds = {seed_of_call(first + step, call) for step in range(2_000) for call in range(256)}
+    assert len(seeds) == 2_000 * 256
+    assert min(seeds) >= 0
+    assert max(seeds) < 2**31
 
 
 def test_a_stale_worker_shows_even_where_rounding_hides_it_from_the_tolerance() -> None:

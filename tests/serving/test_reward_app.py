@@ -291,7 +291,7 @@ def test_a_replica_that_cannot_start(tiny_classifier: Path, tmp_path: Path, loca
 
 def test_a_classifier_that_hangs_while_it_starts_is_started_anew(deploy: Callable) -> None:
     stopped = stop_when_seen("ServeReplica:one-test:classifier-rude_words")
-    client = deploy(RewardConfig(classifiers=[linear("rude_words")], start_timeout_s=12))
+    client = deploy(RewardConfig(classifiers=[linear("rude_words")], start_timeout_s=25))
     assert len(client.score(TEXTS)) == len(TEXTS)
     _, left = psutil.wait_procs([stopped.result()], timeout=60)
     assert not left
