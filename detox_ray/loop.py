@@ -1,6 +1,6 @@
 """The run, told in the order it happens: a language model goes in, a less toxic one comes out, with the evidence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -77,7 +77,7 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
             stream = rollout_stream(plan, pool, calibrated_reward(pool, plan))
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
-                fit(plan, stream)
+                fit(plan, stream, terminal.stage)
             keep_worker_tasks(plan.run, plan.app_name)
             terminal.stage("verifying the saved adapter on the workers")
             pool.connect()
@@ -87,8 +87,8 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
     return evaluation
 
 
-def fit(plan: Plan, stream: RolloutStream) -> None:
-    """Run the learner under Ray Train until the last step.
+def fit(plan: Plan, stream: RolloutStream, say: Callable[[str], None]) -> None:
+    """Run the learner under Ray Train until the last step; `say` is called with a line while it has no room.
 
     Raises:
         RewardError, SyncError, ModelError: the learner met an error that a new attempt would meet again.
@@ -97,7 +97,7 @@ def fit(plan: Plan, stream: RolloutStream) -> None:
     task = LearnerTask(
         plan.config, str(plan.run.path), stream, plan.engine.end_ids, plan.engine.pad_id, plan.canary_length
     )
-    run_learners(train_loop, task, plan.config.train, plan.run)
+    run_learners(train_loop, task, plan.config.train, plan.run, say)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,7 +81,7 @@ def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
         wait_in_words(needed, terminal)
         terminal.stage(f"training for at most {plan.total_steps} steps")
         with terminal.follow_steps(plan.run.metrics_file, plan.total_steps, tuning_line):
-            fit(plan)
+            fit(plan, terminal.stage)
     result = json.loads(result_file.read_text(encoding="utf-8"))
     terminal.stage(
         f"dev loss {result['dev_loss_before']:.3f} before, {result['dev_loss']:.3f} after {result['best_steps']} steps"
@@ -134,9 +135,9 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     return TuningPlan(config, run, examples, int(tokenizer.pad_token_id))
 
 
-def fit(plan: TuningPlan) -> None:
+def fit(plan: TuningPlan, say: Callable[[str], None]) -> None:
     """Run the learners until the last step or until the dev loss has stopped falling; errors as `run_learners`."""
     task = TuningTask(
         plan.config, str(plan.run.path), plan.examples.train, plan.examples.dev, plan.pad_id, plan.total_steps
     )
-    run_learners(sft_loop, task, plan.config.train, plan.run)
+    run_learners(sft_loop, task, plan.config.train, plan.run, say)

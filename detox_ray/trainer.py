@@ -3,7 +3,8 @@
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 # How long Ray Train's controller may be busy starting the learners.
 WORKER_GROUP_START_S = 60.0
+ROOM_POLL_S = 15.0
+WAITING = ("PENDING", "RESCHEDULING")  # of a placement group that has no nodes
 # How long learners wait for the first one, which may be waiting for a rollout worker to start anew; that one of them is
 # gone or hangs is for Ray Train's health check to see.
 COLLECTIVE_S = 24 * 3600
@@ -47,8 +50,10 @@ LEARNER_ENVIRONMENT = {
 }
 
 
-def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run: RunFolder) -> None:
-    """Run `loop(task)` on every learner until it returns.
+def run_learners(
+    loop: Callable[[T], None], task: T, config: LearnerConfig, run: RunFolder, say: Callable[[str], None]
+) -> None:
+    """Run `loop(task)` on every learner until it returns; `say` is called with a line while Ray has no room for them.
 
     Raises:
         DetoxError: of the learner's own kind, where it met one that a new attempt would meet again; or learner or
@@ -56,6 +61,37 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
     """
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.timeout_s)  # read when the learners start
     work = cloudpickle.dumps(partial(loop, task))
+    with waiting_in_words(config, say):
+        _run(work, config, run)
+
+
+@contextmanager
+def waiting_in_words(config: LearnerConfig, say: Callable[[str], None], poll_s: float = ROOM_POLL_S) -> Iterator[None]:
+    """While the block runs, say when learners wait for room on some node: Ray Train does so without end or word."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        polls = 0  # in a row at which they waited
+        while not ended.wait(poll_s):
+            polls = polls + 1 if any(group["state"] in WAITING for group in _own_placement_groups()) else 0
+            if polls == 2:
+                say(
+                    f"the learners wait for room: no nodes have {config.workers} x {config.num_cpus:g} CPU, "
+                    f"{config.num_gpus:g} GPU and {config.resources or 'no custom resource'} free now; end what holds "
+                    "them, add a node, or start again with less in train or rollout"
+                )
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _run(work: bytes, config: LearnerConfig, run: RunFolder) -> None:
+    """See `run_learners`."""
     for _ in range(config.max_failures + 1):
         remove_wrong_list(run.checkpoints)
         trainer = _trainer(work, config, run)
@@ -136,13 +172,18 @@ def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> _Trainer:
     )
 
 
-def _remove_placement_groups() -> None:
-    """Take back what a lost controller had reserved, and end its learners; nothing else of this job has such groups."""
+def _own_placement_groups() -> list[dict[str, Any]]:
+    """Those of this job, which are its learners' and nothing else's."""
     job = ray.get_runtime_context().get_job_id()
-    for group in ray.util.placement_group_table().values():
-        # The last bytes of a group's id are those of the job that made it.
-        if group["state"] != "REMOVED" and (found := group["placement_group_id"]).endswith(job):
-            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(found))))
+    # The last bytes of a group's id are those of the job that made it.
+    groups = ray.util.placement_group_table().values()
+    return [g for g in groups if g["state"] != "REMOVED" and g["placement_group_id"].endswith(job)]
+
+
+def _remove_placement_groups() -> None:
+    """Take back what a lost controller had reserved, and end its learners."""
+    for group in _own_placement_groups():
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group["placement_group_id"]))))
 
 
 def _own_failure(error: TrainingFailedError) -> DetoxError | None:
