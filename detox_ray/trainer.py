@@ -73,7 +73,11 @@ def waiting_in_words(config: LearnerConfig, say: Callable[[str], None], poll_s: 
     def watch() -> None:
         polls = 0  # in a row at which they waited
         while not ended.wait(poll_s):
-            polls = polls + 1 if any(group["state"] in WAITING for group in _own_placement_groups()) else 0
+            try:
+                waiting = any(group["state"] in WAITING for group in _own_placement_groups())
+            except Exception:  # Ray is lost, which is for the learners' own errors to say
+                return
+            polls = polls + 1 if waiting else 0
             if polls == 2:
                 say(
                     f"the learners wait for room: no nodes have {config.workers} x {config.num_cpus:g} CPU, "
@@ -81,13 +85,11 @@ def waiting_in_words(config: LearnerConfig, say: Callable[[str], None], poll_s: 
                     "them, add a node, or start again with less in train or rollout"
                 )
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
 
 
 def _run(work: bytes, config: LearnerConfig, run: RunFolder) -> None:
