@@ -64,6 +64,7 @@ TRAINING = {
     "staleness": Metric("versions", "adapters published since the oldest response of the batch was begun"),
     "adapter_version": Metric("versions", "the version that the step published"),
     "rejected": Metric("attempts", "times the step had to be rejected before it was good; see rejected_steps.jsonl"),
+    "dropped_batches": Metric("batches", "sampled for nothing: the rejected ones and those under way then"),
     "worker_restarts": Metric("restarts", "rollout workers lost and brought back, since the learner started"),
     "time_rollout_s": Metric("seconds", "the learner waited for responses"),
     "time_settle_s": Metric("seconds", "of that, after learning: what was under way had to end before the push"),

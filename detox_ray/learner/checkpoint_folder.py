@@ -53,24 +53,19 @@ def read_checkpoint(folder: Path) -> tuple[Adapter, dict[str, Any]]:
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest of `whole_checkpoints`; None: there are none.
+    """Step and folder of the newest checkpoint whose files are as they were written; None: there are none.
 
     Raises:
         StorageError: Ray's list has checkpoints, and all are damaged. One that a kill cut short is not on it yet.
     """
     found = sorted(folder.glob("checkpoint_*/"))
-    whole = whole_checkpoints(folder)
+    whole = [(step, path) for path in found if (step := _step_if_whole(path)) is not None]
     if found and not whole and registered_checkpoints(folder) != []:
         raise StorageError(
             f"all {len(found)} checkpoints in {folder} are damaged or incomplete; restore one from a copy, or remove "
             "that folder to train from the start"
         )
     return max(whole, default=None)
-
-
-def whole_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Step and folder of every checkpoint in `folder` whose files are as they were written."""
-    return [(step, path) for path in folder.glob("checkpoint_*/") if (step := _step_if_whole(path)) is not None]
 
 
 def registered_checkpoints(folder: Path) -> list[Path] | None:

@@ -269,7 +269,7 @@ class PPO:
             group["lr"] = rate * factor
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the adapter: value head, optimiser, KL coefficient, scale of the rates."""
+        """What training changes besides the adapter: value head, optimiser, KL coefficient, scale of the rates."""
         return {
             "value_head": self.policy.value_head.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -4,19 +4,19 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from detox_ray.errors import DivergenceError
-from detox_ray.learner.checkpoint_folder import keep_adapter, read_checkpoint, whole_checkpoints
-from detox_ray.learner.distributed import on_first_learner, world
+from detox_ray.learner.checkpoint_folder import keep_adapter
+from detox_ray.learner.distributed import world
 from detox_ray.learner.ppo import PPO
-from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, REJECTED_FILE, append_metrics, read_metrics
-from detox_ray.policy.adapter import Adapter
+from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, append_metrics
+from detox_ray.policy.adapter import Adapter, content_digest
 from detox_ray.ppo_config import DivergenceConfig
 from detox_ray.records import Canary, Rollout
 
@@ -33,7 +33,7 @@ class LearnerState:
 
 
 class Recovery:
-    """The state a learner can go back to: once in a run, then with lower learning rates.
+    """A learner and the state it can go back to: once in a run, then with lower learning rates.
 
     The last good state is the one that sampled the last batch which was trained on without complaint. What sampled a
     bad batch, or was made of it, is given up.
@@ -41,22 +41,25 @@ class Recovery:
 
     def __init__(self, ppo: PPO, run_dir: Path) -> None:
         """`ppo` is still untrained."""
+        self.policy = ppo.policy
         self._ppo = ppo
         self._run_dir = run_dir
         self._before_step = self._good = self._snapshot(0)
 
-    def resumed(self, first_step: int) -> None:
-        """The run goes on from a checkpoint, so what there was before that is what it can go back to at first.
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the adapter: of the learner as it is, and of its last good state."""
+        good = self._good
+        tensors = {name: torch.from_numpy(tensor) for name, tensor in good.adapter.tensors.items()}
+        return {"now": self._ppo.state(), "good": {"step": good.step, "adapter": tensors, "state": good.state}}
 
-        The last checkpoint may be what the next step gives up, again each time the run is continued; and an older one
-        may be what was given up before.
-        """
-        found = on_first_learner(partial(whole_checkpoints, self._run_dir / CHECKPOINT_FOLDER))
-        given_up = {line["step"] for line in read_metrics(self._run_dir / REJECTED_FILE)}
-        older = [(step, path) for step, path in found if step < first_step - 1 and step + 1 not in given_up]
-        if older:
-            step, folder = max(older)
-            self._good = LearnerState(step + 1, *read_checkpoint(folder))
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`."""
+        self._ppo.load_state(state["now"])
+        good = state["good"]
+        tensors = {name: tensor.numpy() for name, tensor in good["adapter"].items()}
+        config = self._good.adapter.peft_config
+        adapter = Adapter(0, content_digest(config, tensors), config, tensors)
+        self._good = LearnerState(good["step"], adapter, good["state"])
 
     def begin_step(self, step: int) -> None:
         """Remember the state at the start of a step."""

@@ -60,7 +60,7 @@ class Stream(Protocol):
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int: ...
 
-    def discard(self) -> None: ...
+    def discard(self) -> int: ...
 
     def evaluate(self, step: int, reward: float) -> None: ...
 
@@ -91,8 +91,7 @@ def _train(task: LearnerTask) -> None:
     policy = Policy(config.policy, get_device(), config.seed, config.train.shard_base, config.train.compile)
     ppo = PPO(policy, config.ppo, _sampling_law(task), task.pad_id, config.train.total_steps, config.seed)
     recovery = Recovery(ppo, run_dir)
-    first_step = resume(ppo, run_dir / CHECKPOINT_FOLDER)
-    recovery.resumed(first_step)
+    first_step = resume(recovery, run_dir / CHECKPOINT_FOLDER)
     last_step = config.train.total_steps - 1
     on_first_learner(stream.connect)
     publish(task, policy)
@@ -115,7 +114,7 @@ def _train(task: LearnerTask) -> None:
         if step == last_step or (step + 1) % config.train.checkpoint_every == 0:
             if world()[0] == 0:
                 keep_adapter(policy.adapter(), run_dir, step + 1)
-            save_checkpoint(ppo, step, line)
+            save_checkpoint(recovery, step, line)
     if world()[0] == 0 and not is_kept(policy.adapter(), run_dir):
         keep_adapter(policy.adapter(), run_dir, last_step + 1)
     if tracker is not None:
@@ -128,7 +127,7 @@ def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> 
     Raises:
         DivergenceError: it had to be rejected again.
     """
-    rejected, started = 0, time.perf_counter()
+    rejected, dropped, started = 0, 0, time.perf_counter()
     recovery.begin_step(step)
     while True:
         try:
@@ -138,10 +137,10 @@ def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> 
             rejected += 1
         else:
             recovery.step_is_good()
-            return {"step": step, **line, "rejected": rejected, "ended_at": time.time()}
+            return {"step": step, **line, "rejected": rejected, "dropped_batches": dropped, "ended_at": time.time()}
         # Behind the handler, whose exception holds on to what the update had in memory.
         make_room(task.config)
-        on_first_learner(task.stream.discard)
+        dropped += 1 + on_first_learner(task.stream.discard)
         publish(task, ppo.policy)
 
 

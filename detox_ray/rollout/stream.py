@@ -134,11 +134,13 @@ class RolloutStream:
         }
         return Batch(gathered.rollouts, gathered.rewards, staleness, metrics)
 
-    def discard(self) -> None:
-        """Forget the batches under way; their steps are sampled anew by the adapter published next."""
+    def discard(self) -> int:
+        """Forget the batches under way, whose steps the adapter published next samples anew; their number."""
         self.settle()
+        count = len(self._in_flight)
         self._in_flight.clear()
         self._sampled.clear()
+        return count
 
     def evaluate(self, step: int, reward: float) -> None:
         """Begin an evaluation of the adapter that is served now."""

@@ -68,8 +68,9 @@ class OwnPolicyStream:
     def settle(self) -> None:
         pass
 
-    def discard(self) -> None:
+    def discard(self) -> int:
         self.discarded += 1
+        return 2
 
 
 def learner(model: str, **divergence: Any) -> PPO:
@@ -100,6 +101,7 @@ def test_a_collapsed_batch_gives_up_the_adapter_that_sampled_it(tiny_model: str,
     stream, lines = run(ppo, tmp_path, 4, {2: 1})
     assert [line["rejected"] for line in lines] == [0, 0, 1, 0]
     assert stream.discarded == 1
+    assert [line["dropped_batches"] for line in lines] == [0, 0, 1 + 2, 0]
     # Published after the steps 0, 1, the roll-back, 2, 3: what is gone back to is what sampled step 1's good batch.
     digests = [adapter.tensors for adapter in stream.published]
     same = [all(np.array_equal(digests[2][n], old[n]) for n in old) for old in digests[:2]]
@@ -128,26 +130,33 @@ def test_what_was_given_up_is_not_the_last_good_one_when_the_next_step_is_bad_to
     assert [line["step"] for line in rejected(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize(("checkpoints", "gone_back_to"), [([3, 5], 4), ([5], 0)])
-def test_a_continued_run_goes_back_to_before_the_checkpoint_it_goes_on_from(
-    tiny_model: str, tmp_path: Path, checkpoints: list[int], gone_back_to: int
-) -> None:
+def test_a_continued_run_goes_back_to_where_it_would_have_gone_back(tiny_model: str, tmp_path: Path) -> None:
+    """Its only checkpoint was made by what the next step gives up."""
     ppo = learner(tiny_model)
-    saved = {0: ppo.policy.adapter(0)}
     recovery = Recovery(ppo, tmp_path)
-    for step in checkpoints:
-        with torch.no_grad():
-            for parameter in ppo.policy.trainable().values():
-                parameter += 0.01
-        saved[step + 1] = ppo.policy.adapter(0)
-        (folder := tmp_path / CHECKPOINT_FOLDER / f"checkpoint_{step}").mkdir(parents=True)
-        write_checkpoint(folder, step, ppo.policy.adapter(0), ppo.state())
-    first = resume(ppo, tmp_path / CHECKPOINT_FOLDER)
-    assert first == 6
-    recovery.resumed(first)
-    recovery.begin_step(first)
-    recovery.roll_back(first, DivergenceError("any"))
-    assert ppo.policy.adapter(0).digest == saved[gone_back_to].digest
+    good = []
+    for step in range(3):
+        recovery.begin_step(step)
+        good.append(ppo.policy.adapter())
+        change(ppo)
+        recovery.step_is_good()
+    (folder := tmp_path / CHECKPOINT_FOLDER / "checkpoint_0").mkdir(parents=True)
+    write_checkpoint(folder, 2, recovery.policy.adapter(), recovery.state())
+
+    ppo = learner(tiny_model)
+    recovery = Recovery(ppo, tmp_path)
+    assert resume(recovery, tmp_path / CHECKPOINT_FOLDER) == 3
+    assert load_adapter(folder / ADAPTER_FOLDER).digest == ppo.policy.adapter().digest != good[-1].digest
+    recovery.begin_step(3)
+    recovery.roll_back(3, DivergenceError("any"))
+    assert ppo.policy.adapter().digest == good[-1].digest
+    assert ppo.rate_scale == 0.3
+
+
+def change(ppo: PPO) -> None:
+    with torch.no_grad():
+        for parameter in ppo.policy.trainable().values():
+            parameter += 0.01
 
 
 @pytest.mark.parametrize("rewards", [[np.nan] * 8, [1e30, -1e30] * 4])

@@ -186,7 +186,7 @@ def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(
 def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stale_stream, policy)
     stale_stream.next_batch(0, last_step=9)
-    stale_stream.discard()
+    assert stale_stream.discard() == stale_stream.config.max_staleness
     version = publish(stale_stream, policy, 0.01)
     batch = stale_stream.next_batch(1, last_step=9)
     assert {r.adapter_version for r in batch.rollouts} == {version}
