@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from rich import box
 from rich.table import Table
+from scipy.optimize import LinearConstraint, milp
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config import Config, RolloutConfig
@@ -13,6 +15,8 @@ from detox_ray.learner_config import LearnerConfig
 
 Resources = dict[str, float]
 ROUNDING = 1e-6
+PACKING_TIME_S = 2.0
+PROVED_IMPOSSIBLE = 2  # a status of scipy's milp
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def check_placements(needed: Sequence[Placement], capacity: Capacity) -> None:
     """Refuse what would wait for ever.
 
     Raises:
-        ConfigError: all roles together need more of a resource than there is, or no node has what one worker needs.
+        ConfigError: all roles together need more of a resource than there is, no node has what one worker needs, or
+            the nodes have no room for all workers at once.
     """
     for resource, amount in total_needed(needed).items():
         if amount > capacity.total(resource) + ROUNDING:
@@ -74,11 +79,39 @@ def check_placements(needed: Sequence[Placement], capacity: Capacity) -> None:
         return
     for placement in needed:
         if not any(_has(node, placement.each) for node in capacity.nodes):
-            together = ", ".join(_amount(resource, amount) for resource, amount in placement.each.items())
             raise ConfigError(
-                f"no node of the cluster has what one {placement.role} needs together: {together}; "
+                f"no node of the cluster has what one {placement.role} needs together: {_amounts(placement.each)}; "
                 f"lower its numbers in {placement.section}, or start such a node"
             )
+    if not have_room_together(needed, capacity.nodes):
+        workers = "; ".join(f"{p.count} x {p.role} with {_amounts(p.each)}" for p in needed if p.each)
+        raise ConfigError(
+            "the nodes of the cluster have enough in all, but not in one piece for every worker: no placement has room "
+            f"for {workers}; lower some of these numbers, or start another node"
+        )
+
+
+def have_room_together(needed: Sequence[Placement], nodes: Sequence[Resources]) -> bool:
+    """Whether each worker can be given a node so that no node is full; yes, where that is not found out in time.
+
+    An integer program over how many workers of role p node n takes. Fractions of GPUs count as if they could be split.
+    """
+    resources = list(total_needed(needed))
+    if not resources:
+        return True
+    counts = [placement.count for placement in needed]
+    need = np.array([[placement.each.get(resource, 0) for placement in needed] for resource in resources])  # [r, p]
+    room = np.array([[node.get(resource, 0) for node in nodes] for resource in resources])  # [r, n]
+    found = milp(
+        np.zeros(len(needed) * len(nodes)),
+        integrality=np.ones(len(needed) * len(nodes)),
+        constraints=[
+            LinearConstraint(np.kron(np.eye(len(needed)), np.ones(len(nodes))), counts, counts),
+            LinearConstraint(np.kron(need, np.eye(len(nodes))), ub=room.ravel() + ROUNDING),
+        ],
+        options={"time_limit": PACKING_TIME_S},
+    )
+    return found.status != PROVED_IMPOSSIBLE
 
 
 def shortage(needed: Sequence[Placement], free: Resources) -> str | None:
@@ -126,6 +159,10 @@ def _each(config: RolloutConfig | LearnerConfig | ClassifierConfig) -> Resources
 
 def _has(node: Resources, each: Resources) -> bool:
     return all(amount <= node.get(resource, 0) + ROUNDING for resource, amount in each.items())
+
+
+def _amounts(each: Resources) -> str:
+    return ", ".join(_amount(resource, amount) for resource, amount in each.items())
 
 
 def _amount(resource: str, amount: float) -> str:

@@ -39,6 +39,26 @@ def test_a_worker_must_fit_on_one_node() -> None:
         check_placements(needed, apart)
 
 
+def test_all_workers_must_fit_on_the_nodes_at_once() -> None:
+    needed = placements(configured({"num_cpus": 0}, rollout={"workers": 2, "num_cpus": 3}, train={"num_cpus": 2}))
+    check_placements(needed, Capacity([{"CPU": 3.0}, {"CPU": 5.0}]))
+    check_placements(needed, Capacity([{"CPU": 3.0}, {"CPU": 3.0}, {"CPU": 2.0}]))
+    with pytest.raises(
+        ConfigError, match=r"no placement has room for 2 x rollout worker with 3 CPUs; 1 x learner with 2 CPUs; lower"
+    ):
+        check_placements(needed, Capacity([{"CPU": 4.0}, {"CPU": 4.0}]))
+
+
+def test_what_takes_nothing_fits_everywhere() -> None:
+    needed = placements(configured({"num_cpus": 0}, rollout={"num_cpus": 0}, train={"num_cpus": 0}))
+    check_placements(needed, Capacity([{"CPU": 1.0}]))
+
+
+def test_room_on_many_nodes_is_found_at_once() -> None:
+    needed = placements(configured({"replicas": 100}, rollout={"workers": 256, "num_gpus": 1}))
+    check_placements(needed, Capacity([{"CPU": 16.0, "GPU": 8.0}] * 40))
+
+
 def test_nodes_that_an_autoscaler_would_start_count() -> None:
     needed = placements(configured(rollout={"workers": 8, "num_gpus": 1}))
     check_placements(needed, Capacity([{"CPU": 64.0}], {"CPU": 128.0, "GPU": 8.0}))
