@@ -8,19 +8,25 @@ from contextlib import suppress
 import psutil
 
 
-def stop_when_seen(title: str, timeout_s: float = 60) -> Future[psutil.Process]:
-    """Stop the first new process below this one whose title has `title` in it; the result is that process."""
+def stop_when_seen(
+    title: str, how: signal.Signals = signal.SIGSTOP, times: int = 1, timeout_s: float = 60
+) -> Future[list[psutil.Process]]:
+    """Send a signal to the first new processes below this one whose title has `title` in it; the result is those."""
     this = psutil.Process()
     known = set(this.children(recursive=True))
 
-    def watch() -> psutil.Process:
+    def watch() -> list[psutil.Process]:
+        hit: list[psutil.Process] = []
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             for process in set(this.children(recursive=True)) - known:
                 with suppress(psutil.NoSuchProcess):
                     if title in " ".join(process.cmdline()):
-                        process.send_signal(signal.SIGSTOP)
-                        return process
+                        process.send_signal(how)
+                        known.add(process)
+                        hit.append(process)
+                        if len(hit) == times:
+                            return hit
             time.sleep(0.02)
         raise TimeoutError(f"no process {title!r} appeared")
 

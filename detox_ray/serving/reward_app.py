@@ -48,10 +48,11 @@ ENSEMBLE = "ensemble"
 REPLICA_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 START_TIMEOUT_S = 900.0
+PROCESS_LOST = re.compile(r"\b(ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError)\b")
 
 
 class NotStartedError(RewardError):
-    """A replica neither starts nor fails: it is loading something large, waits for room, or hangs."""
+    """A replica does not start, and not for an error of its own: it waits for room, hangs, or its process was lost."""
 
 
 class ClassifierDeployment:
@@ -279,7 +280,7 @@ def wait_until_running(app_name: str, timeout_s: float = START_TIMEOUT_S) -> Non
 
     Raises:
         RewardError: one does not start.
-        NotStartedError: it neither starts nor fails for so long.
+        NotStartedError: it neither starts nor fails for so long, or the process that it was to start in died.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -289,9 +290,11 @@ def wait_until_running(app_name: str, timeout_s: float = START_TIMEOUT_S) -> Non
         failed = app is not None and app.status == ApplicationStatus.DEPLOY_FAILED
         if failed or time.monotonic() > deadline:
             waiting = {} if app is None else {n: d for n, d in app.deployments.items() if d.status != "HEALTHY"}
-            reasons = "; ".join(f"{name}: {_last_line(d.message) or d.status.value}" for name, d in waiting.items())
+            reasons = "; ".join(f"{name}: {_reason(d.message) or d.status.value}" for name, d in waiting.items())
             found = f"the app {app_name!r} does not start: {reasons or 'no reason given by Serve'}"
-            raise RewardError(found) if failed else NotStartedError(f"{found} (waited {timeout_s:g} s)")
+            if failed and not any(PROCESS_LOST.search(d.message) for d in waiting.values()):
+                raise RewardError(found)
+            raise NotStartedError(found if failed else f"{found} (waited {timeout_s:g} s)")
         time.sleep(0.1)
 
 
@@ -334,6 +337,8 @@ def _checked_readings(name: str, readings: Readings, expected: int) -> Readings:
     return readings
 
 
-def _last_line(message: str) -> str:
-    """The last line of a traceback, without the name of our own error classes."""
+def _reason(message: str) -> str:
+    """The last line of a traceback, without the name of our own error classes; of Ray's own, what it comes to."""
+    if PROCESS_LOST.search(message):
+        return "its process dies while it starts, maybe for want of memory"
     return re.sub(r"^detox_ray\.errors\.\w+: ", "", message.strip().split("\n")[-1].strip())

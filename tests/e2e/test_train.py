@@ -114,7 +114,7 @@ def test_a_killed_run_continues_without_gap_or_repeat(killed: Continued) -> None
     _, state = read_checkpoint(found[1])
     config = load_config(ROOT / "configs/laptop.yaml")
     # An optimiser that had started anew would have counted only the steps since then.
-    updates = {int(s["step"]) for s in state["optimizer"]["state"].values()}
+    updates = {int(s["step"]) for s in state["now"]["optimizer"]["state"].values()}
     assert updates == {STEPS * config.ppo.epochs * config.ppo.minibatches}
 
 

@@ -352,7 +352,7 @@ def test_a_worker_that_hangs_while_it_starts_is_started_anew(local_ray: Path) ->
     stopped = stop_when_seen("ray::LightWorker")
     pool = WorkerPool(workers, config, 1e-3)
     pool.connect()
-    assert ray.get(workers[0].process_id.remote()) != stopped.result().pid
+    assert ray.get(workers[0].process_id.remote()) != stopped.result()[0].pid
     assert pool.version == -1
     # What the pristine base samples is not the policy's.
     with pytest.raises(SyncError, match="never acknowledged"):

@@ -1,4 +1,5 @@
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -289,11 +290,14 @@ def test_a_replica_that_cannot_start(tiny_classifier: Path, tmp_path: Path, loca
     assert "never" not in serve.status().applications
 
 
-def test_a_classifier_that_hangs_while_it_starts_is_started_anew(deploy: Callable) -> None:
-    stopped = stop_when_seen("ServeReplica:one-test:classifier-rude_words")
+@pytest.mark.parametrize(("how", "times"), [(signal.SIGSTOP, 1), (signal.SIGKILL, 2)])
+def test_a_classifier_that_hangs_or_dies_while_it_starts_is_started_anew(
+    deploy: Callable, how: signal.Signals, times: int
+) -> None:
+    lost = stop_when_seen("ServeReplica:one-test:classifier-rude_words", how, times)
     client = deploy(RewardConfig(classifiers=[linear("rude_words")], start_timeout_s=25))
     assert len(client.score(TEXTS)) == len(TEXTS)
-    _, left = psutil.wait_procs([stopped.result()], timeout=60)
+    _, left = psutil.wait_procs(lost.result(), timeout=60)
     assert not left
 
 
