@@ -29,7 +29,7 @@ from detox_ray.learner.ppo import PPO, SamplingLaw
 from detox_ray.policy.load import compute_dtype, write_dequantized_base
 from detox_ray.policy.policy import Policy
 from detox_ray.records import Prompt, Sampling
-from detox_ray.rollout.engine import EngineSpec
+from detox_ray.rollout.engine import EngineSpec, in_order
 from detox_ray.rollout.transformers_engine import TransformersEngine
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +153,7 @@ def _step(config: Config, ppo: PPO, engine: TransformersEngine, step: int) -> di
         for n in range(config.ppo.batch_size)
     ]
     sampling = Sampling(config.rollout.max_new_tokens, fixed_length=True, seed=step)
-    rollouts = engine.generate(prompts, 1, sampling)
+    rollouts = in_order(engine.generate(prompts, 1, sampling))
     sampled = time.perf_counter()
     rewards = rng.normal(size=len(rollouts)).astype(np.float32)
     metrics = ppo.update(rollouts, rewards, step, on_policy=True)

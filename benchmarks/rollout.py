@@ -234,7 +234,7 @@ def _load_engine(name: str, task: dict[str, Any]) -> Callable[[int], int]:
 
     def generate(seed: int) -> int:
         sampling = Sampling(task["max_new_tokens"], fixed_length=True, seed=seed)
-        return sum(len(r.response_ids) for r in engine.generate(prompts, 1, sampling))
+        return sum(len(r.response_ids) for _, r in engine.generate(prompts, 1, sampling))
 
     return generate
 

@@ -7,7 +7,7 @@ processes of their own: one Ray call a request, one answer a call.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import ray
 
 from detox_ray.records import Prompt, Rollout, Sampling, Score
+from detox_ray.rollout.worker import Chunk, chunks
 
 VOCABULARY = 32_000
 ANSWERED = 20  # tokens of each canary prefix that a worker answers
@@ -70,20 +71,24 @@ class WorkerHost:
         answer = {token: -float(np.log(VOCABULARY)) for token in range(ANSWERED)}
         return SimulatedAcknowledgement(adapter.version, adapter.digest, [answer] * len(prefixes))
 
-    async def generate(self, worker: int, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
-        """As `RolloutWorker.generate`: responses of the longest length, all alike."""
-        async with self._lock(worker):
-            await asyncio.sleep(self._times.generate_s)
-            version = self._versions[worker]
+    async def generate_in_chunks(
+        self, worker: int, prompts: Sequence[Prompt], samples: int, sampling: Sampling
+    ) -> AsyncIterator[Chunk]:
+        """As `RolloutWorker.generate_in_chunks`: responses of the longest length, all alike, at an even pace."""
         length = sampling.max_new_tokens
-        return [
-            Rollout(
-                prompt.id, prompt.text, np.array(prompt.token_ids), np.arange(length),
-                np.full(length, -1.0, dtype=np.float32), TEXT, "length", version,
-            )
-            for prompt in prompts
-            for _ in range(samples)
-        ]  # fmt: skip
+        async with self._lock(worker):
+            version = self._versions[worker]
+            rollouts = [
+                Rollout(
+                    prompt.id, prompt.text, np.array(prompt.token_ids), np.arange(length),
+                    np.full(length, -1.0, dtype=np.float32), TEXT, "length", version,
+                )
+                for prompt in prompts
+                for _ in range(samples)
+            ]  # fmt: skip
+            for chunk in chunks(enumerate(rollouts), len(rollouts)):
+                await asyncio.sleep(self._times.generate_s * len(chunk) / len(rollouts))
+                yield chunk
 
     async def score(self, texts: Sequence[str]) -> list[Score]:
         """What the reward app would say."""

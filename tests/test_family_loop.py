@@ -20,7 +20,7 @@ from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.policy import Policy, canary_of
 from detox_ray.ppo_config import OptimizerConfig, PPOConfig
 from detox_ray.records import Prompt, Sampling, TokenizedExample
-from detox_ray.rollout.engine import EngineSpec
+from detox_ray.rollout.engine import EngineSpec, in_order
 from detox_ray.rollout.transformers_engine import TransformersEngine
 from detox_ray.run_folder import RunFolder
 
@@ -92,7 +92,7 @@ def improve(config: PolicyConfig, engine: TransformersEngine, spec: EngineSpec) 
     prompts = [Prompt(str(n), "", tuple(rng.integers(2, VOCABULARY, n).tolist())) for n in (1, 7, 23, 60)]
     metrics = []
     for step in range(2):
-        rollouts = engine.generate(prompts, 2, Sampling(max_new_tokens=8, seed=step))
+        rollouts = in_order(engine.generate(prompts, 2, Sampling(max_new_tokens=8, seed=step)))
         metrics.append(ppo.update(rollouts, rng.normal(size=8).astype(np.float32), step, on_policy=True))
         push(engine, ppo.policy, version=step + 1)
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5)

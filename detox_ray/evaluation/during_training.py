@@ -36,10 +36,10 @@ class HeldoutEvaluation:
 
         `reward` is the training batch's, kept beside the judge's numbers.
         """
-        parts = pool.submit(self.prompts, 1, self.sampling)
+        parts = pool.references(self.prompts, 1, self.sampling)
         if self._actor is None:
             self._actor = ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote(self.judge)
-        self._under_way.append(self._actor.judged.remote(step, reward, *(part.reference for part in parts)))
+        self._under_way.append(self._actor.judged.remote(step, reward, *parts))
 
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
         """What has been judged since the last call, in the order of the steps; with `wait`, all of it.

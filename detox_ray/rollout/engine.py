@@ -1,9 +1,10 @@
 """The protocol every rollout engine keeps, and the choice of engine and of how adapters are applied."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -54,8 +55,11 @@ class RolloutEngine(Protocol):
 
     version: int
 
-    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
-        """`samples` responses to each prompt, prompt by prompt, with the log-probabilities they were sampled with."""
+    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
+        """`samples` responses to each prompt as they finish, with the log-probabilities they were sampled with.
+
+        Each comes with its place among all of them, prompt by prompt.
+        """
         ...
 
     def apply(self, adapter: Adapter) -> None:
@@ -73,6 +77,11 @@ class RolloutEngine(Protocol):
     def sleep(self) -> None:
         """Give the device's memory back until the next call, which answers as if nothing had been."""
         ...
+
+
+def in_order(generated: Iterable[tuple[int, Rollout]]) -> list[Rollout]:
+    """What `generate` yields, prompt by prompt."""
+    return [rollout for _, rollout in sorted(generated, key=itemgetter(0))]
 
 
 def load_engine(spec: EngineSpec) -> RolloutEngine:

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,8 @@ from detox_ray.config import RolloutConfig
 from detox_ray.errors import DetoxError, ModelError, SyncError
 from detox_ray.policy.adapter import Adapter
 from detox_ray.records import Canary, Prompt, Rollout, Sampling
-from detox_ray.rollout.worker import Acknowledgement
+from detox_ray.rollout.engine import in_order
+from detox_ray.rollout.worker import Acknowledgement, Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,10 @@ class Push:
 
 @dataclass
 class Part:
-    """What one worker was asked for in one call: enough to ask again.
+    """What one worker is asked for in one call, enough to ask again, and what came of it.
 
-    `restarts`: how often the worker had been restarted when it was asked.
+    `restarts`: how often the worker had been restarted when it was asked; `received`: responses since then, by their
+    place, prompt by prompt.
     """
 
     worker: int
@@ -51,6 +53,17 @@ class Part:
     sampling: Sampling
     reference: Any = None
     restarts: int = 0
+    losses: int = 0
+    received: dict[int, Rollout] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all responses are there."""
+        return len(self.received) == len(self.prompts) * self.samples
+
+    def rollouts(self) -> list[Rollout]:
+        """The responses received, prompt by prompt."""
+        return in_order(self.received.items())
 
 
 def seed_of_call(seed: int, call: int) -> int:
@@ -125,45 +138,61 @@ class WorkerPool:
 
     def submit(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Part]:
         """Start `samples` responses to each prompt: even, contiguous shares, in calls that each have a seed."""
+        return [self._ask(part) for part in self._parts(prompts, samples, sampling)]
+
+    def references(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Any]:
+        """As `submit`, but references to the rollouts of each call, to be sent on; with a worker its answer is lost."""
+        return [
+            self._workers[part.worker].generate.remote(part.prompts, part.samples, part.sampling)
+            for part in self._parts(prompts, samples, sampling)
+        ]
+
+    def _parts(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Part]:
         edges = np.linspace(0, len(prompts), self.size + 1).astype(int)
         size = max(1, ROUNDS_A_CALL * self._config.max_num_seqs // samples)
         parts: list[Part] = []
         for worker, (start, end) in enumerate(pairwise(edges)):
             for first in range(start, end, size):
                 own = replace(sampling, seed=seed_of_call(sampling.seed, len(parts)))
-                parts.append(self._ask(Part(worker, prompts[first : min(first + size, end)], samples, own)))
+                parts.append(Part(worker, prompts[first : min(first + size, end)], samples, own))
         return parts
 
-    def result(self, part: Part, timeout_s: float | None = None) -> list[Rollout]:
-        """Wait for a part, prompt by prompt; a worker that died or hangs is brought back and asked again.
+    def next_chunk(self, part: Part, timeout_s: float | None = None) -> Chunk:
+        """Wait for more of a part; a worker that died or hangs is brought back and asked for all of it again.
 
         It hangs that does not answer for `timeout_s`, at first; after that, and by default, for `rollout.timeout_s`.
 
         Raises:
             ModelError: its engine does not start again, or the call takes the worker down every time.
         """
-        for attempt in range(ATTEMPTS):
-            patience = self._config.timeout_s if timeout_s is None or attempt else timeout_s
+        patience = self._config.timeout_s if timeout_s is None else timeout_s
+        while part.losses < ATTEMPTS:
             try:
-                rollouts = ray.get(part.reference, timeout=patience)
-                if self._push is None or all(rollout.adapter_version >= 0 for rollout in rollouts):
-                    return rollouts
+                chunk = _next_of(part.reference, patience)
+                if self._push is None or all(rollout.adapter_version >= 0 for _, rollout in chunk):
+                    part.received.update(chunk)
+                    return chunk
                 # It died while nobody asked, and was back on the pristine base when this part came.
                 self._restore(part.worker, RayActorError(), part.restarts)
-                self._ask(part)
             except (RayActorError, GetTimeoutError) as error:
                 self._restore(part.worker, error, part.restarts)
-                self._ask(part)
             except RayTaskError as error:
                 raise _own_error(error) from None
+            part.losses += 1
+            patience = self._config.timeout_s
+            self._ask(part)
         raise ModelError(
             f"rollout worker {part.worker} went down {ATTEMPTS} times over the same {len(part.prompts)} prompts; "
             "lower rollout.max_num_seqs or raise rollout.timeout_s, and see ray-logs in the run folder"
         )
 
     def sample(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
-        """`samples` responses to each prompt, prompt by prompt; errors as `result`."""
-        return [rollout for part in self.submit(prompts, samples, sampling) for rollout in self.result(part)]
+        """`samples` responses to each prompt, prompt by prompt; errors as `next_chunk`."""
+        parts = self.submit(prompts, samples, sampling)
+        for part in parts:
+            while not part.is_complete:
+                self.next_chunk(part)
+        return [rollout for part in parts for rollout in part.rollouts()]
 
     def sleep(self) -> None:
         """Have every worker give its device's memory back until it is asked for something.
@@ -183,7 +212,9 @@ class WorkerPool:
 
     def _ask(self, part: Part) -> Part:
         part.restarts = self._restarts[part.worker]
-        part.reference = self._workers[part.worker].generate.remote(part.prompts, part.samples, part.sampling)
+        part.received.clear()
+        worker = self._workers[part.worker]
+        part.reference = worker.generate_in_chunks.remote(part.prompts, part.samples, part.sampling)
         return part
 
     def _restore(self, index: int, cause: Exception, restarts: int) -> None:
@@ -258,6 +289,18 @@ class WorkerPool:
             )
         if push.previous is not None and is_stale(answer.canary, push.previous, push.canary):
             raise SyncError(f"rollout worker {index} acknowledged adapter {push.version} and serves the one before")
+
+
+def _next_of(chunks: Any, timeout_s: float) -> Chunk:
+    """The next chunk of an `ObjectRefGenerator`.
+
+    Raises:
+        GetTimeoutError: it does not come; and what the call raised.
+    """
+    ready, _ = ray.wait([chunks], timeout=timeout_s)
+    if not ready:
+        raise GetTimeoutError
+    return ray.get(next(chunks))
 
 
 def canary_gaps(answers: list[dict[int, float]], canary: Canary) -> np.ndarray:

@@ -74,6 +74,14 @@ class Gathered:
     sampled: float
 
 
+@dataclass(frozen=True)
+class ScoredChunk:
+    """Places of responses in their part, and the future of their scores."""
+
+    places: list[int]
+    future: Any
+
+
 @dataclass
 class RolloutStream:
     """Batches of rollouts, at most `max_staleness` adapter versions old.
@@ -167,32 +175,43 @@ class RolloutStream:
         try:
             if before is not None:
                 before.wait()
-            finished = self._sampled_parts(parts)
+            scores = self._sampled_parts(parts)
         finally:
             all_sampled.set()
         sampled = time.perf_counter()
         if self.config.in_turns:
             self.pool.sleep()
-        ordered = [finished[position] for position in range(len(parts))]
-        rollouts = [rollout for part, _ in ordered for rollout in part]
-        scores = [score for _, future in ordered for score in self.scorer.result(future)]
-        rewards, metrics = self.scorer.reward(rollouts, scores)
+        rollouts = [rollout for part in parts for rollout in part.rollouts()]
+        rewards, metrics = self.scorer.reward(
+            rollouts, [score for of_part in scores for score in self._ordered(of_part)]
+        )
         return Gathered(rollouts, rewards, metrics, sampled)
 
-    def _sampled_parts(self, parts: list[Part]) -> dict[int, tuple[list[Rollout], Any]]:
-        """Position -> rollouts, and the future of their scores."""
-        waiting = {part.reference: position for position, part in enumerate(parts)}
-        finished: dict[int, tuple[list[Rollout], Any]] = {}
-        while waiting:
+    def _sampled_parts(self, parts: list[Part]) -> list[list[ScoredChunk]]:
+        """Wait until the parts are complete; what will be the scores of each, chunk by chunk."""
+        scores: list[list[ScoredChunk]] = [[] for _ in parts]
+        while waiting := {part.reference: place for place, part in enumerate(parts) if not part.is_complete}:
             ready, _ = ray.wait(list(waiting), timeout=self.config.timeout_s)
             for reference in ready or list(waiting):
-                position = waiting.pop(reference)
-                # Those that are silent still; while one is brought back another may finish.
-                is_silent = not ready and not ray.wait([reference], timeout=0, fetch_local=False)[0]
-                rollouts = self.pool.result(parts[position], 0.0 if is_silent else None)
+                part, of_part = parts[waiting[reference]], scores[waiting[reference]]
+                # Those that are silent still; while one is brought back another may go on.
+                is_silent = not ready and not ray.wait([reference], timeout=0)[0]
+                chunk = self.pool.next_chunk(part, 0.0 if is_silent else None)
+                if len(part.received) == len(chunk):
+                    of_part.clear()  # it is the first chunk since the part was asked for, maybe again
+                rollouts = [rollout for _, rollout in chunk]
                 future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
-                finished[position] = (rollouts, future)
-        return finished
+                of_part.append(ScoredChunk([place for place, _ in chunk], future))
+        return scores
+
+    def _ordered(self, chunks: list[ScoredChunk]) -> list[Score]:
+        """The scores of a part, prompt by prompt."""
+        scores = {
+            place: score
+            for chunk in chunks
+            for place, score in zip(chunk.places, self.scorer.result(chunk.future), strict=True)
+        }
+        return [scores[place] for place in range(len(scores))]
 
     def _checked_staleness(self, rollouts: Sequence[Rollout]) -> int:
         versions = {r.adapter_version for r in rollouts}

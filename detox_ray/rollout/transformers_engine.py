@@ -1,6 +1,6 @@
 """Rollout engine on `transformers`' own `generate`: for architectures and platforms that vLLM does not serve."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,19 +37,17 @@ class TransformersEngine:
         model.generation_config = GenerationConfig()
         self._model: Any = model.to(self._device).eval()
 
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
         """See `RolloutEngine.generate`."""
         self._wake()
         torch.manual_seed(sampling.seed)
         rows = [prompt for prompt in prompts for _ in range(samples)]
-        rollouts: dict[int, Rollout] = {}
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].token_ids))
         for start in range(0, len(rows), self._spec.max_num_seqs):
             chosen = by_length[start : start + self._spec.max_num_seqs]
-            rollouts.update(zip(chosen, self._generate_batch([rows[i] for i in chosen], sampling), strict=True))
-        return [rollouts[i] for i in range(len(rows))]
+            yield from zip(chosen, self._generate_batch([rows[i] for i in chosen], sampling), strict=True)
 
+    @torch.inference_mode()
     def _generate_batch(self, prompts: list[Prompt], sampling: Sampling) -> list[Rollout]:
         is_encoder_decoder = self._model.config.is_encoder_decoder
         longest = max(len(p.token_ids) for p in prompts)

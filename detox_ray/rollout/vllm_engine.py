@@ -72,7 +72,7 @@ class VllmEngine:
             self._on_every_part(_keep_pristine_weights, spec.model, spec.revision)
         self._tokenizer: Any = self._llm.get_tokenizer()
 
-    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
         """See `RolloutEngine.generate`."""
         self._wake()
         # The engine samples from its processes' generators: the same call on the same engine gives the same responses.
@@ -88,30 +88,22 @@ class VllmEngine:
             logprobs=0,
             detokenize=False,
         )
-        outputs = self._run([p.token_ids for p in prompts], params)
-        texts = self._tokenizer.batch_decode(
-            [c.token_ids for o in outputs for c in o.outputs], skip_special_tokens=True
+        for place, output in self._run([p.token_ids for p in prompts], params):
+            for sample, completion in enumerate(output.outputs):
+                yield place * samples + sample, self._rollout(prompts[place], completion)
+
+    def _rollout(self, prompt: Prompt, completion: Any) -> Rollout:
+        logprobs = [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)]
+        return Rollout(
+            prompt_id=prompt.id,
+            prompt_text=prompt.text,
+            prompt_ids=np.asarray(prompt.token_ids, dtype=np.int64),
+            response_ids=np.asarray(completion.token_ids, dtype=np.int64),
+            logprobs=np.asarray(logprobs, dtype=np.float32),
+            text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            finish_reason=completion.finish_reason,
+            adapter_version=self.version,
         )
-        rollouts: list[Rollout] = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            for completion in output.outputs:
-                ids = np.asarray(completion.token_ids, dtype=np.int64)
-                logprobs = [
-                    step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)
-                ]
-                rollouts.append(
-                    Rollout(
-                        prompt_id=prompt.id,
-                        prompt_text=prompt.text,
-                        prompt_ids=np.asarray(prompt.token_ids, dtype=np.int64),
-                        response_ids=ids,
-                        logprobs=np.asarray(logprobs, dtype=np.float32),
-                        text=texts[len(rollouts)],
-                        finish_reason=completion.finish_reason,
-                        adapter_version=self.version,
-                    )
-                )
-        return rollouts
 
     def apply(self, adapter: Adapter) -> None:
         """See `RolloutEngine.apply`."""
@@ -134,8 +126,9 @@ class VllmEngine:
         """See `RolloutEngine.next_token_logprobs`."""
         self._wake()
         params = SamplingParams(temperature=1.0, max_tokens=1, logprobs=CANARY_TOP, detokenize=False)
-        outputs = self._run(prefixes, params)
-        return [{token: entry.logprob for token, entry in o.outputs[0].logprobs[0].items()} for o in outputs]
+        outputs = dict(self._run(prefixes, params))
+        answers = [outputs[place].outputs[0].logprobs[0] for place in range(len(prefixes))]
+        return [{token: entry.logprob for token, entry in answer.items()} for answer in answers]
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`: the weights go to main memory, the cache is forgotten."""
@@ -147,10 +140,18 @@ class VllmEngine:
             with self._ending_without_a_part():
                 self._llm.wake_up()
 
-    def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
+    def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[tuple[int, Any]]:
+        """Each prompt's place and what vLLM says of it, as they finish."""
         requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+        engine = self._llm.llm_engine
         with self._ending_without_a_part():
-            return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+            # Within vLLM a request's number has a random ending, which its output has not.
+            names = self._llm.enqueue(requests, params, use_tqdm=False, lora_request=self._lora)
+            places = {name.partition("-")[0]: place for place, name in enumerate(names)}
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        yield places[output.request_id], output
 
     def _on_every_part(self, function: Any, *arguments: Any) -> None:
         with self._ending_without_a_part():

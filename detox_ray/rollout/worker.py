@@ -1,10 +1,12 @@
 """The Ray actor that holds a rollout engine."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import ray
@@ -13,9 +15,14 @@ from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter, content_digest
 from detox_ray.records import Prompt, Rollout, Sampling
-from detox_ray.rollout.engine import EngineSpec, load_engine
+from detox_ray.rollout.engine import EngineSpec, in_order, load_engine
 
 logger = logging.getLogger(__name__)
+
+# What is scored at a time while the rest of a call is sampled: a quarter of it, and no fewer than fill a classifier.
+CHUNK_SHARE, CHUNK_RESPONSES = 0.25, 32
+
+Chunk = list[tuple[int, Rollout]]  # responses, each with its place in the call, prompt by prompt
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,13 @@ class Acknowledgement:
     version: int
     digest: str
     canary: list[dict[int, float]]
+
+
+def chunks(generated: Iterator[tuple[int, Rollout]], total: int) -> Iterator[Chunk]:
+    """`total` responses, a chunk at a time."""
+    size = max(CHUNK_RESPONSES, math.ceil(total * CHUNK_SHARE))
+    while chunk := list(islice(generated, size)):
+        yield chunk
 
 
 @contextmanager
@@ -77,8 +91,16 @@ class RolloutWorker:
 
     @ending_when_broken()
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
-        """`samples` responses to each prompt, under the adapter served."""
-        return self._engine.generate(prompts, samples, sampling)
+        """`samples` responses to each prompt, prompt by prompt, under the adapter served."""
+        return in_order(self._engine.generate(prompts, samples, sampling))
+
+    def generate_in_chunks(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> Iterator[Chunk]:
+        """As `generate`, a part of them at a time as soon as they are there; the next ones are sampled meanwhile.
+
+        The same call on the same engine gives the same chunks.
+        """
+        with ending_when_broken():
+            yield from chunks(self._engine.generate(prompts, samples, sampling), len(prompts) * samples)
 
     @ending_when_broken()
     def sleep(self) -> None:

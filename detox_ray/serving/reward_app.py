@@ -48,6 +48,7 @@ ENSEMBLE = "ensemble"
 REPLICA_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 START_TIMEOUT_S = 900.0
+STATUS_POLL_S = 0.3  # an answer takes 17 ms of a core
 PROCESS_LOST = re.compile(r"\b(ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError)\b")
 
 
@@ -295,7 +296,7 @@ def wait_until_running(app_name: str, timeout_s: float = START_TIMEOUT_S) -> Non
             if failed and not any(PROCESS_LOST.search(d.message) for d in waiting.values()):
                 raise RewardError(found)
             raise NotStartedError(found if failed else f"{found} (waited {timeout_s:g} s)")
-        time.sleep(0.1)
+        time.sleep(STATUS_POLL_S)
 
 
 def _lifecycle(drain_s: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from detox_ray.policy.load import write_dequantized_base
 from detox_ray.policy.policy import CANARY_LENGTH, Policy
 from detox_ray.ppo_config import OptimizerConfig, PPOConfig
 from detox_ray.records import Prompt, Sampling, TokenizedExample
-from detox_ray.rollout.engine import EngineSpec
+from detox_ray.rollout.engine import EngineSpec, in_order
 from detox_ray.rollout.pool import canary_gaps
 from detox_ray.rollout.transformers_engine import TransformersEngine
 
@@ -54,7 +54,7 @@ def test_ppo_steps_on_what_the_engine_samples(tiny_t5: str, tmp_path: Path, quan
     rewards = np.random.default_rng(1).normal(size=8).astype(np.float32)
     for step in range(2):
         engine.apply(policy.adapter(step))
-        rollouts = engine.generate(prompts(), 2, Sampling(max_new_tokens=12, temperature=0.8, seed=step))
+        rollouts = in_order(engine.generate(prompts(), 2, Sampling(max_new_tokens=12, temperature=0.8, seed=step)))
         assert {r.adapter_version for r in rollouts} == {step}
         # On-policy: the update itself refuses a gap above 1e-4 nats.
         metrics = ppo.update(rollouts, rewards, step, on_policy=True)
@@ -66,12 +66,12 @@ def test_ppo_steps_on_what_the_engine_samples(tiny_t5: str, tmp_path: Path, quan
 
 def test_responses_end_at_the_end_token_and_masked_ones_do_not(tiny_t5: str) -> None:
     engine = engine_of(tiny_t5)
-    free = engine.generate(prompts(), 16, Sampling(max_new_tokens=24, seed=1))
+    free = in_order(engine.generate(prompts(), 16, Sampling(max_new_tokens=24, seed=1)))
     stopped = [r for r in free if r.finish_reason == "stop"]
     assert stopped
     assert all(r.response_ids[-1] == END and END not in r.response_ids[:-1] for r in stopped)
     assert all(len(r.response_ids) == 24 and END not in r.response_ids for r in free if r.finish_reason == "length")
-    fixed = engine.generate(prompts(), 2, Sampling(max_new_tokens=24, fixed_length=True, seed=1))
+    fixed = in_order(engine.generate(prompts(), 2, Sampling(max_new_tokens=24, fixed_length=True, seed=1)))
     assert all(len(r.response_ids) == 24 and END not in r.response_ids for r in fixed)
 
 

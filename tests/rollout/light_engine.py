@@ -1,7 +1,7 @@
 """A rollout worker whose engine needs no torch: it starts in a second, and all else of it is the real worker."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,11 +50,13 @@ class LightEngine:
         self.version = -1
         self._weight = np.zeros(TOKENS)
 
-    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
-        """See `RolloutEngine.generate`; takes a moment, in which a worker can be killed."""
-        time.sleep(GENERATE_S)
+    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
+        """See `RolloutEngine.generate`; the last ones first, and over a moment, in which a worker can be killed."""
         rng = np.random.default_rng(sampling.seed)
-        return [self._rollout(prompt, sampling.max_new_tokens, rng) for prompt in prompts for _ in range(samples)]
+        total = len(prompts) * samples
+        for place in reversed(range(total)):
+            time.sleep(GENERATE_S / total)
+            yield place, self._rollout(prompts[place // samples], sampling.max_new_tokens, rng)
 
     def _rollout(self, prompt: Prompt, most: int, rng: np.random.Generator) -> Rollout:
         ids, logprobs = list[int](), list[float]()

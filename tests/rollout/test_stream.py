@@ -33,10 +33,14 @@ PROMPTS = [Prompt(str(i), chr(40 + i), (0, 10 + i)) for i in range(16)]
 
 
 class LengthScorer:
-    """A reward that is easy to check: the number of characters."""
+    """A reward that is easy to check: the number of characters; notes how many texts it is given at a time."""
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
 
     def submit(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
         assert len(texts) == len(prompts)
+        self.given.append(len(texts))
         return list(texts)
 
     def result(self, response: list[str]) -> list[Score]:
@@ -80,15 +84,23 @@ def stream_in_turns(workers: list[Any]) -> Iterator[RolloutStream]:
     yield from make_stream(workers, max_staleness=0, in_turns=True)
 
 
+@pytest.fixture
+def wide_stream(workers: list[Any]) -> Iterator[RolloutStream]:
+    """80 responses of one worker and 120 of the other in a batch."""
+    yield from make_stream(workers, max_staleness=0, samples=40)
+
+
 def engine_spec(model: str) -> EngineSpec:
     return EngineSpec("transformers", "adapter", model, None, "float32", 384, (0,), 1, 4, 8, 64)
 
 
-def make_stream(workers: list[Any], max_staleness: int, in_turns: bool = False) -> Iterator[RolloutStream]:
+def make_stream(
+    workers: list[Any], max_staleness: int, in_turns: bool = False, samples: int = 2
+) -> Iterator[RolloutStream]:
     config = RolloutConfig(
         workers=len(workers),
         num_cpus=0.5,
-        samples_per_prompt=2,
+        samples_per_prompt=samples,
         max_new_tokens=6,
         max_staleness=max_staleness,
         in_turns=in_turns,
@@ -120,6 +132,46 @@ def test_batches_keep_prompts_samples_and_scores_together(stream: RolloutStream,
     assert [r.response_ids.tolist() for r in one] == [r.response_ids.tolist() for r in two]
 
 
+def test_responses_are_scored_in_chunks_while_others_are_sampled(
+    wide_stream: RolloutStream, policy: LightPolicy
+) -> None:
+    publish(wide_stream, policy)
+    [part] = wide_stream.pool.submit(PROMPTS[:1], 128, Sampling(6, seed=3))
+    assert len(wide_stream.pool.next_chunk(part)) == 32
+    assert not part.is_complete
+    batch = wide_stream.next_batch(0, last_step=9)
+    assert sorted(wide_stream.scorer.given) == [16, 24, 32, 32, 32, 32, 32]
+    assert [r.prompt_id for r in batch.rollouts] == [p.id for p in wide_stream.prompts_for_step(0) for _ in range(40)]
+    assert batch.rewards.tolist() == [len(r.text) for r in batch.rollouts]
+
+
+def test_a_worker_killed_between_chunks_costs_time_and_no_response(
+    wide_stream: RolloutStream, policy: LightPolicy
+) -> None:
+    publish(wide_stream, policy)
+    expected = wide_stream.next_batch(0, last_step=9)
+    victim = wide_stream.pool._workers[1]
+    process = ray.get(victim.process_id.remote())
+
+    class Killer(LengthScorer):
+        def submit(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
+            if not self.given:
+                os.kill(process, signal.SIGKILL)
+            return super().submit(texts, prompts)
+
+    def slow_down(actor: Any) -> None:
+        import light_engine
+
+        light_engine.GENERATE_S = 20
+
+    ray.get(victim.__ray_call__.remote(slow_down))
+    wide_stream.scorer = Killer()
+    batch = wide_stream.next_batch(0, last_step=9)
+    assert batch.metrics["worker_restarts"] == expected.metrics["worker_restarts"] + 1
+    assert [r.text for r in batch.rollouts] == [r.text for r in expected.rollouts]
+    assert batch.rewards.tolist() == expected.rewards.tolist()
+
+
 def test_a_stale_batch_says_so_and_is_never_older_than_allowed(
     stale_stream: RolloutStream, policy: LightPolicy
 ) -> None:
@@ -138,7 +190,10 @@ def test_a_large_share_is_asked_for_in_several_calls(stream: RolloutStream, poli
     assert [len(part.prompts) for part in parts] == [2] * 8
     assert [part.worker for part in parts] == [0] * 4 + [1] * 4
     assert len({part.sampling.seed for part in parts}) == 8
-    answered = [r.prompt_id for part in parts for r in stream.pool.result(part)]
+    while not all(part.is_complete for part in parts):
+        for part in parts:
+            stream.pool.next_chunk(part)
+    answered = [r.prompt_id for part in parts for r in part.rollouts()]
     assert answered == [p.id for p in PROMPTS for _ in range(2)]
 
 
