@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,28 +45,31 @@ class LocalCluster:
         """All of it."""
         family = [child for node in self.processes for child in (node, *node.children(recursive=True))]
         for process in reversed(family):
-            if process.is_running():
+            with suppress(psutil.NoSuchProcess):
                 process.terminate()
         _, left = psutil.wait_procs(family, timeout=20)
         for process in left:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._folder.cleanup()
 
     def _start(self, *options: str) -> None:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address", "127.0.0.1"]
         size = ["--object-store-memory", str(2 * 10**8), "--dashboard-agent-listen-port", "0"]
         with self._log.open("a", encoding="utf-8") as log:
-            started = log.tell()
+            written = log.tell()
             self.processes.append(psutil.Popen([*command, *size, *options], stdout=log, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + START_TIMEOUT_S
-        while "Ray runtime started" not in self._log.read_text(encoding="utf-8")[started:]:
+        while b"Ray runtime started" not in self._log.read_bytes()[written:]:
             if time.monotonic() > deadline or self.processes[-1].poll() is not None:
                 sys.exit(f"FAILED: a node does not start; see {self._log}")
             time.sleep(0.2)
 
 
 def _has_raylet(node: psutil.Process) -> bool:
-    return any(p.name() == "raylet" and p.status() != psutil.STATUS_ZOMBIE for p in node.children())
+    with suppress(psutil.NoSuchProcess):
+        return any(p.name() == "raylet" and p.status() != psutil.STATUS_ZOMBIE for p in node.children())
+    return False
 
 
 def _free_port() -> int:

@@ -2,7 +2,7 @@
 
 Many simulated workers share a process, since 256 of them do not fit on one machine: one takes 90 MB and most of a CPU
 second to start, without torch, which nothing here imports. What the coordinator does is the same as for workers in
-processes of their own: one Ray call a request, one answer a call.
+processes of their own: one Ray call a request, its answer in chunks.
 """
 
 import asyncio
@@ -100,7 +100,7 @@ class WorkerHost:
 
 
 class SimulatedWorker:
-    """What `WorkerPool` holds in place of an actor: `worker.generate.remote(...)` goes to the host."""
+    """What `WorkerPool` holds in place of an actor: `worker.apply.remote(...)` goes to the host."""
 
     def __init__(self, host: Any, index: int) -> None:
         self._host, self._index = host, index

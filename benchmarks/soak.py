@@ -76,7 +76,7 @@ class Soak:
             "reward.start_timeout_s": START_TIMEOUT_S,
             "reward.retries": 10,
             "reward.calibration_prompts": 32,
-            "ppo.batch_size": 32,
+            "ppo.batch_size": 128,  # two chunks of each worker's responses
             "evaluation.prompts": 16,
             "evaluation.samples_per_prompt": 2,
         }

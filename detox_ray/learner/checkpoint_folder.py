@@ -1,7 +1,7 @@
 """What a learner leaves in the run folder: checkpoints, whole or known not to be, and the adapter.
 
-A checkpoint is a folder with `adapter/` in PEFT's format, `learner.pt` with everything else that training changes, and
-`manifest.json` with the step and the SHA-256 of each file, written last.
+A checkpoint is a folder with `adapter/` in PEFT's format, `learner.pt` with everything else that training changes (of
+PPO also the state to go back to), and `manifest.json` with the step and the SHA-256 of each file, written last.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detox_ray.errors import DivergenceError
+from detox_ray.errors import DivergenceError, StorageError
 from detox_ray.learner.checkpoint_folder import keep_adapter
 from detox_ray.learner.distributed import world
 from detox_ray.learner.ppo import PPO
@@ -53,7 +53,16 @@ class Recovery:
         return {"now": self._ppo.state(), "good": {"step": good.step, "adapter": tensors, "state": good.state}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`."""
+        """Continue from a `state`.
+
+        Raises:
+            StorageError: it is of an earlier version of the package.
+        """
+        if "good" not in state:
+            raise StorageError(
+                "the checkpoints of this run are of an earlier version, without the state to go back to; remove the "
+                "folder checkpoints in it to train from the start"
+            )
         self._ppo.load_state(state["now"])
         good = state["good"]
         tensors = {name: tensor.numpy() for name, tensor in good["adapter"].items()}

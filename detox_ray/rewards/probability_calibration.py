@@ -1,12 +1,13 @@
-"""From probabilities to calibrated ones: temperature scaling and isotonic regression; pure functions of arrays."""
+"""From probabilities to calibrated ones: temperature scaling and isotonic regression; pure functions of arrays.
+
+SciPy and scikit-learn, which only fitting needs, are imported there: every command reads the configuration of a map.
+"""
 
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
-from scipy.optimize import minimize_scalar
-from sklearn.isotonic import IsotonicRegression
 
 from detox_ray.config_section import Section
 from detox_ray.rewards.probability import PROBABILITY_FLOOR, tempered
@@ -80,6 +81,8 @@ def fit_map(
 
 def fit_temperature(probability: np.ndarray, toxic: np.ndarray) -> ProbabilityMap:
     """The temperature with the lowest log loss (Guo et al. 2017, sec. 4.2), in `TEMPERATURES`; shapes as `fit_map`."""
+    from scipy.optimize import minimize_scalar
+
     found = minimize_scalar(
         lambda log_temperature: log_loss(tempered(probability, np.exp(log_temperature)), toxic).mean(),
         bounds=np.log(TEMPERATURES),
@@ -95,6 +98,8 @@ def fit_isotonic(probability: np.ndarray, toxic: np.ndarray) -> ProbabilityMap:
     The lines keep the order of texts that a step would make equal; beyond the outermost middles the map is level. It
     stays as far from 0 and 1 as so many texts can show (Platt 1999). Shapes as `fit_map`; both classes must be there.
     """
+    from sklearn.isotonic import IsotonicRegression
+
     # As exact as the table that is written: what is one place there is one here.
     probability = np.asarray(probability, dtype=np.float64).round(6)
     positives = int(np.sum(toxic))

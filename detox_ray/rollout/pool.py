@@ -5,12 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import DetoxError, ModelError, SyncError
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # a call that takes its worker down this often is not asked again
 POLL_S = 0.5
-# A call asks for at most this many times what an engine advances together: what one call has sampled is scored while
-# the next is sampled, a lost worker costs less, and the engine is hardly ever short of sequences.
+# A call asks for at most this many times what an engine advances together: a lost worker costs no more than that, and
+# the engine is hardly ever short of sequences.
 ROUNDS_A_CALL = 4
 
 
@@ -43,8 +43,8 @@ class Push:
 class Part:
     """What one worker is asked for in one call, enough to ask again, and what came of it.
 
-    `restarts`: how often the worker had been restarted when it was asked; `received`: responses since then, by their
-    place, prompt by prompt.
+    `restarts`: how often the worker had been restarted when it was asked; `chunks`: what has come since then; `losses`:
+    how often it had to be asked again.
     """
 
     worker: int
@@ -54,16 +54,16 @@ class Part:
     reference: Any = None
     restarts: int = 0
     losses: int = 0
-    received: dict[int, Rollout] = field(default_factory=dict)
+    chunks: list[Chunk] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
         """Whether all responses are there."""
-        return len(self.received) == len(self.prompts) * self.samples
+        return sum(len(chunk) for chunk in self.chunks) == len(self.prompts) * self.samples
 
     def rollouts(self) -> list[Rollout]:
         """The responses received, prompt by prompt."""
-        return in_order(self.received.items())
+        return in_order(chain(*self.chunks))
 
 
 def seed_of_call(seed: int, call: int) -> int:
@@ -170,11 +170,11 @@ class WorkerPool:
             try:
                 chunk = _next_of(part.reference, patience)
                 if self._push is None or all(rollout.adapter_version >= 0 for _, rollout in chunk):
-                    part.received.update(chunk)
+                    part.chunks.append(chunk)
                     return chunk
                 # It died while nobody asked, and was back on the pristine base when this part came.
                 self._restore(part.worker, RayActorError(), part.restarts)
-            except (RayActorError, GetTimeoutError) as error:
+            except (RayActorError, GetTimeoutError, ObjectLostError) as error:
                 self._restore(part.worker, error, part.restarts)
             except RayTaskError as error:
                 raise _own_error(error) from None
@@ -212,7 +212,7 @@ class WorkerPool:
 
     def _ask(self, part: Part) -> Part:
         part.restarts = self._restarts[part.worker]
-        part.received.clear()
+        part.chunks.clear()
         worker = self._workers[part.worker]
         part.reference = worker.generate_in_chunks.remote(part.prompts, part.samples, part.sampling)
         return part

@@ -1,4 +1,4 @@
-"""The stream of scored rollouts: keeps batches in flight, and scores each part as soon as it is there.
+"""The stream of scored rollouts: keeps batches in flight, and has responses scored while others are sampled.
 
 A batch under way is gathered by a thread of its own, so that it is sampled and scored while the learner learns.
 """
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import itemgetter
 from threading import Event
 from typing import Any, Protocol
 
@@ -72,14 +73,6 @@ class Gathered:
     rewards: np.ndarray
     metrics: dict[str, float]
     sampled: float
-
-
-@dataclass(frozen=True)
-class ScoredChunk:
-    """Places of responses in their part, and the future of their scores."""
-
-    places: list[int]
-    future: Any
 
 
 @dataclass
@@ -168,50 +161,43 @@ class RolloutStream:
         return sampling_of(self.config, seed=(self.seed * 1_000_003 + step) % 2**31)
 
     def _gather(self, parts: list[Part], before: Event | None, all_sampled: Event) -> Gathered:
-        """Wait for the parts in the order they finish, and have each scored while the others go on.
+        """Wait for the parts chunk by chunk, and have each chunk scored while sampling goes on.
 
         Not until the batch `before` is sampled: behind that, a worker's silence means nothing.
         """
         try:
             if before is not None:
                 before.wait()
-            scores = self._sampled_parts(parts)
+            futures = self._sampled_parts(parts)
         finally:
             all_sampled.set()
         sampled = time.perf_counter()
         if self.config.in_turns:
             self.pool.sleep()
         rollouts = [rollout for part in parts for rollout in part.rollouts()]
-        rewards, metrics = self.scorer.reward(
-            rollouts, [score for of_part in scores for score in self._ordered(of_part)]
-        )
+        scores = [score for scored in zip(parts, futures, strict=True) for score in self._scores(*scored)]
+        rewards, metrics = self.scorer.reward(rollouts, scores)
         return Gathered(rollouts, rewards, metrics, sampled)
 
-    def _sampled_parts(self, parts: list[Part]) -> list[list[ScoredChunk]]:
-        """Wait until the parts are complete; what will be the scores of each, chunk by chunk."""
-        scores: list[list[ScoredChunk]] = [[] for _ in parts]
+    def _sampled_parts(self, parts: list[Part]) -> list[list[Any]]:
+        """Wait until the parts are complete; the futures of their scores, one for each chunk of each part."""
+        futures: list[list[Any]] = [[] for _ in parts]
         while waiting := {part.reference: place for place, part in enumerate(parts) if not part.is_complete}:
             ready, _ = ray.wait(list(waiting), timeout=self.config.timeout_s)
             for reference in ready or list(waiting):
-                part, of_part = parts[waiting[reference]], scores[waiting[reference]]
+                part, scored = parts[waiting[reference]], futures[waiting[reference]]
                 # Those that are silent still; while one is brought back another may go on.
-                is_silent = not ready and not ray.wait([reference], timeout=0)[0]
-                chunk = self.pool.next_chunk(part, 0.0 if is_silent else None)
-                if len(part.received) == len(chunk):
-                    of_part.clear()  # it is the first chunk since the part was asked for, maybe again
-                rollouts = [rollout for _, rollout in chunk]
-                future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
-                of_part.append(ScoredChunk([place for place, _ in chunk], future))
-        return scores
+                is_silent = not ready and not ray.wait([reference], timeout=0, fetch_local=False)[0]
+                rollouts = [rollout for _, rollout in self.pool.next_chunk(part, 0.0 if is_silent else None)]
+                del scored[len(part.chunks) - 1 :]  # of chunks that were lost with their worker
+                scored.append(self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts]))
+        return futures
 
-    def _ordered(self, chunks: list[ScoredChunk]) -> list[Score]:
+    def _scores(self, part: Part, futures: list[Any]) -> list[Score]:
         """The scores of a part, prompt by prompt."""
-        scores = {
-            place: score
-            for chunk in chunks
-            for place, score in zip(chunk.places, self.scorer.result(chunk.future), strict=True)
-        }
-        return [scores[place] for place in range(len(scores))]
+        places = [place for chunk in part.chunks for place, _ in chunk]
+        scores = [score for future in futures for score in self.scorer.result(future)]
+        return [score for _, score in sorted(zip(places, scores, strict=True), key=itemgetter(0))]
 
     def _checked_staleness(self, rollouts: Sequence[Rollout]) -> int:
         versions = {r.adapter_version for r in rollouts}

@@ -148,10 +148,14 @@ class VllmEngine:
             # Within vLLM a request's number has a random ending, which its output has not.
             names = self._llm.enqueue(requests, params, use_tqdm=False, lora_request=self._lora)
             places = {name.partition("-")[0]: place for place, name in enumerate(names)}
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished:
-                        yield places[output.request_id], output
+            try:
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished:
+                            yield places[output.request_id], output
+            finally:
+                if engine.has_unfinished_requests():  # an error has left some, which the next call would meet
+                    engine.abort_request(names, internal=True)
 
     def _on_every_part(self, function: Any, *arguments: Any) -> None:
         with self._ending_without_a_part():

@@ -19,7 +19,7 @@ from detox_ray.rollout.engine import EngineSpec, in_order, load_engine
 
 logger = logging.getLogger(__name__)
 
-# What is scored at a time while the rest of a call is sampled: a quarter of it, and no fewer than fill a classifier.
+# What is scored at a time while the rest of a call is sampled: a quarter of it, and no fewer than are worth a request.
 CHUNK_SHARE, CHUNK_RESPONSES = 0.25, 32
 
 Chunk = list[tuple[int, Rollout]]  # responses, each with its place in the call, prompt by prompt

@@ -49,7 +49,9 @@ REPLICA_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 START_TIMEOUT_S = 900.0
 STATUS_POLL_S = 0.3  # an answer takes 17 ms of a core
+# What Serve quotes of Ray; the second stands there where the process lives, and cannot make the replica.
 PROCESS_LOST = re.compile(r"\b(ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError)\b")
+CREATION_FAILED = "raised in its creation task"
 
 
 class NotStartedError(RewardError):
@@ -293,7 +295,7 @@ def wait_until_running(app_name: str, timeout_s: float = START_TIMEOUT_S) -> Non
             waiting = {} if app is None else {n: d for n, d in app.deployments.items() if d.status != "HEALTHY"}
             reasons = "; ".join(f"{name}: {_reason(d.message) or d.status.value}" for name, d in waiting.items())
             found = f"the app {app_name!r} does not start: {reasons or 'no reason given by Serve'}"
-            if failed and not any(PROCESS_LOST.search(d.message) for d in waiting.values()):
+            if failed and not any(_is_process_lost(d.message) for d in waiting.values()):
                 raise RewardError(found)
             raise NotStartedError(found if failed else f"{found} (waited {timeout_s:g} s)")
         time.sleep(STATUS_POLL_S)
@@ -338,8 +340,12 @@ def _checked_readings(name: str, readings: Readings, expected: int) -> Readings:
     return readings
 
 
+def _is_process_lost(message: str) -> bool:
+    return bool(PROCESS_LOST.search(message)) and CREATION_FAILED not in message
+
+
 def _reason(message: str) -> str:
     """The last line of a traceback, without the name of our own error classes; of Ray's own, what it comes to."""
-    if PROCESS_LOST.search(message):
+    if _is_process_lost(message):
         return "its process dies while it starts, maybe for want of memory"
     return re.sub(r"^detox_ray\.errors\.\w+: ", "", message.strip().split("\n")[-1].strip())

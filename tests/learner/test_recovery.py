@@ -12,11 +12,11 @@ import torch
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config import Config, PolicyConfig, RewardConfig
-from detox_ray.errors import DivergenceError
+from detox_ray.errors import DivergenceError, StorageError
 from detox_ray.learner.checkpoint_folder import write_checkpoint
 from detox_ray.learner.checkpoints import resume
 from detox_ray.learner.ppo import PPO, SamplingLaw
-from detox_ray.learner.recovery import Recovery, refuse_collapsed
+from detox_ray.learner.recovery import Recovery, _copied, refuse_collapsed
 from detox_ray.learner.train_loop import LearnerTask, healthy_step
 from detox_ray.learner_config import TrainConfig
 from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, REJECTED_FILE, STEPS_FILE
@@ -137,8 +137,9 @@ def test_a_continued_run_goes_back_to_where_it_would_have_gone_back(tiny_model: 
     good = []
     for step in range(3):
         recovery.begin_step(step)
-        good.append(ppo.policy.adapter())
-        change(ppo)
+        good.append((ppo.policy.adapter().digest, _copied(ppo.state())))
+        batch = OwnPolicyStream(ppo.policy, {}).next_batch(step, 9)
+        ppo.update(batch.rollouts, batch.rewards, step, on_policy=True)
         recovery.step_is_good()
     (folder := tmp_path / CHECKPOINT_FOLDER / "checkpoint_0").mkdir(parents=True)
     write_checkpoint(folder, 2, recovery.policy.adapter(), recovery.state())
@@ -146,17 +147,24 @@ def test_a_continued_run_goes_back_to_where_it_would_have_gone_back(tiny_model: 
     ppo = learner(tiny_model)
     recovery = Recovery(ppo, tmp_path)
     assert resume(recovery, tmp_path / CHECKPOINT_FOLDER) == 3
-    assert load_adapter(folder / ADAPTER_FOLDER).digest == ppo.policy.adapter().digest != good[-1].digest
+    digest, state = good[-1]
+    assert load_adapter(folder / ADAPTER_FOLDER).digest == ppo.policy.adapter().digest != digest
     recovery.begin_step(3)
     recovery.roll_back(3, DivergenceError("any"))
-    assert ppo.policy.adapter().digest == good[-1].digest
+    assert ppo.policy.adapter().digest == digest
     assert ppo.rate_scale == 0.3
+    found = ppo.state()
+    for name, tensor in state["value_head"].items():
+        assert torch.equal(found["value_head"][name], tensor)
+    for parameter, kept in state["optimizer"]["state"].items():
+        assert torch.equal(found["optimizer"]["state"][parameter]["exp_avg"], kept["exp_avg"])
+        assert found["optimizer"]["state"][parameter]["step"] == kept["step"] > 0
 
 
-def change(ppo: PPO) -> None:
-    with torch.no_grad():
-        for parameter in ppo.policy.trainable().values():
-            parameter += 0.01
+def test_a_checkpoint_of_an_earlier_version_says_so(tiny_model: str, tmp_path: Path) -> None:
+    ppo = learner(tiny_model)
+    with pytest.raises(StorageError, match="of an earlier version"):
+        Recovery(ppo, tmp_path).load_state(ppo.state())
 
 
 @pytest.mark.parametrize("rewards", [[np.nan] * 8, [1e30, -1e30] * 4])

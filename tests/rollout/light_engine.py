@@ -13,7 +13,7 @@ from detox_ray.rollout.engine import EngineSpec
 
 TOKENS = 12
 END_ID = 0
-GENERATE_S = 0.2
+generate_s = 0.2
 
 
 def next_token_logprobs(weight: np.ndarray, prefix: Sequence[int]) -> np.ndarray:
@@ -55,7 +55,7 @@ class LightEngine:
         rng = np.random.default_rng(sampling.seed)
         total = len(prompts) * samples
         for place in reversed(range(total)):
-            time.sleep(GENERATE_S / total)
+            time.sleep(generate_s / total)
             yield place, self._rollout(prompts[place // samples], sampling.max_new_tokens, rng)
 
     def _rollout(self, prompt: Prompt, most: int, rng: np.random.Generator) -> Rollout:
@@ -87,3 +87,9 @@ class LightWorker(worker.RolloutWorker):
     def __init__(self, spec: Any) -> None:
         worker.load_engine = LightEngine  # in the actor's own process
         super().__init__(spec)
+
+
+def take(actor: LightWorker, seconds: float) -> None:
+    """Have a worker take so long over a call from now on; for `__ray_call__`."""
+    global generate_s
+    generate_s = seconds

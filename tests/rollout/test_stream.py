@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 from hung_process import stop_when_seen
-from light_engine import LightPolicy, LightWorker
+from light_engine import LightPolicy, LightWorker, take
 from ray.exceptions import RayActorError
 
 from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
@@ -33,14 +33,14 @@ PROMPTS = [Prompt(str(i), chr(40 + i), (0, 10 + i)) for i in range(16)]
 
 
 class LengthScorer:
-    """A reward that is easy to check: the number of characters; notes how many texts it is given at a time."""
+    """A reward that is easy to check: the number of characters; notes when it is given how many texts."""
 
     def __init__(self) -> None:
-        self.given: list[int] = []
+        self.given: list[tuple[float, int]] = []
 
     def submit(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
         assert len(texts) == len(prompts)
-        self.given.append(len(texts))
+        self.given.append((time.monotonic(), len(texts)))
         return list(texts)
 
     def result(self, response: list[str]) -> list[Score]:
@@ -136,11 +136,13 @@ def test_responses_are_scored_in_chunks_while_others_are_sampled(
     wide_stream: RolloutStream, policy: LightPolicy
 ) -> None:
     publish(wide_stream, policy)
-    [part] = wide_stream.pool.submit(PROMPTS[:1], 128, Sampling(6, seed=3))
-    assert len(wide_stream.pool.next_chunk(part)) == 32
-    assert not part.is_complete
+    workers = wide_stream.pool._workers
+    ray.get([worker.__ray_call__.remote(take, 2.0) for worker in workers])
     batch = wide_stream.next_batch(0, last_step=9)
-    assert sorted(wide_stream.scorer.given) == [16, 24, 32, 32, 32, 32, 32]
+    times, sizes = zip(*wide_stream.scorer.given, strict=True)
+    assert sorted(sizes) == [16, 24, 32, 32, 32, 32, 32]
+    assert times[-1] - times[0] > 1  # of the two seconds that sampling took
+    ray.get([worker.__ray_call__.remote(take, 0.2) for worker in workers])
     assert [r.prompt_id for r in batch.rollouts] == [p.id for p in wide_stream.prompts_for_step(0) for _ in range(40)]
     assert batch.rewards.tolist() == [len(r.text) for r in batch.rollouts]
 
@@ -151,22 +153,22 @@ def test_a_worker_killed_between_chunks_costs_time_and_no_response(
     publish(wide_stream, policy)
     expected = wide_stream.next_batch(0, last_step=9)
     victim = wide_stream.pool._workers[1]
+    of_victim = {prompt.text for prompt in wide_stream.prompts_for_step(0)[2:]}
     process = ray.get(victim.process_id.remote())
 
     class Killer(LengthScorer):
+        killed = False
+
         def submit(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
-            if not self.given:
+            if prompts[0] in of_victim and not self.killed:
                 os.kill(process, signal.SIGKILL)
+                self.killed = True
             return super().submit(texts, prompts)
 
-    def slow_down(actor: Any) -> None:
-        import light_engine
-
-        light_engine.GENERATE_S = 20
-
-    ray.get(victim.__ray_call__.remote(slow_down))
+    ray.get(victim.__ray_call__.remote(take, 2.0))
     wide_stream.scorer = Killer()
     batch = wide_stream.next_batch(0, last_step=9)
+    assert sum(size for _, size in wide_stream.scorer.given) == 200 + 32  # what came of the victim was scored twice
     assert batch.metrics["worker_restarts"] == expected.metrics["worker_restarts"] + 1
     assert [r.text for r in batch.rollouts] == [r.text for r in expected.rollouts]
     assert batch.rewards.tolist() == expected.rewards.tolist()
