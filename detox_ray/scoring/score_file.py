@@ -10,10 +10,12 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -201,6 +203,13 @@ def _run_dataset(job: _Job, workers: int, progress: Callable[[float], None]) -> 
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=QUEUE_BYTES)
     finished = job.folder.finished()
     done = sum(part.rows for part in finished.values())
+    names: list[str] = []
+
+    def options() -> dict[str, Any]:
+        names.append(f"scorer-{uuid4().hex}")
+        # Ray would start a worker that dies again for ever, also over a text that kills it.
+        return {"name": names[-1], "max_restarts": 0}
+
     with DataContext.current(context), warnings.catch_warnings():
         # Of `ray_remote_args_fn`, which the Ray this project pins still has.
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -215,16 +224,21 @@ def _run_dataset(job: _Job, workers: int, progress: Callable[[float], None]) -> 
                 concurrency=workers,
                 num_cpus=WORKER_CPUS,
                 num_gpus=job.gpus or None,
-                # Ray would start a worker that dies again for ever, also over a text that kills it.
-                ray_remote_args_fn=lambda: {"max_restarts": 0},
+                ray_remote_args_fn=options,
             )
         )
         progress(done)
         rows, started, ended = 0, math.inf, 0.0
-        for part in scored.iter_rows():
-            rows += part["rows"]
-            started, ended = min(started, part["started"]), max(ended, part["ended"])
-            progress(done + rows)
+        try:
+            for part in scored.iter_rows():
+                rows += part["rows"]
+                started, ended = min(started, part["started"]), max(ended, part["ended"])
+                progress(done + rows)
+        finally:
+            # Where one fails, Ray Data's error would keep the workers alive, and their CPUs taken, as long as it lives.
+            for name in names:
+                with suppress(ValueError):
+                    ray.kill(ray.get_actor(name))
     return rows / (ended - started)
 
 
