@@ -175,7 +175,7 @@ class RolloutStream:
         if self.config.in_turns:
             self.pool.sleep()
         rollouts = [rollout for part in parts for rollout in part.rollouts()]
-        scores = [score for scored in zip(parts, futures, strict=True) for score in self._scores(*scored)]
+        scores = [score for part, own in zip(parts, futures, strict=True) for score in self._scores(part, own)]
         rewards, metrics = self.scorer.reward(rollouts, scores)
         return Gathered(rollouts, rewards, metrics, sampled)
 

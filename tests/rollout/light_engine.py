@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
+from detox_ray.config import RolloutConfig
 from detox_ray.policy.adapter import Adapter, content_digest
 from detox_ray.records import Canary, Prompt, Rollout, Sampling
 from detox_ray.rollout import worker
@@ -93,3 +95,15 @@ def take(actor: LightWorker, seconds: float) -> None:
     """Have a worker take so long over a call from now on; for `__ray_call__`."""
     global generate_s
     generate_s = seconds
+
+
+def engine_spec(model: str) -> EngineSpec:
+    """Of an engine of `transformers`, or of a light one, which does not look at it."""
+    return EngineSpec("transformers", "adapter", model, None, "float32", 384, (0,), 1, 4, 8, 64)
+
+
+def start_light_workers(config: RolloutConfig) -> list[Any]:
+    """As `start_workers`, with light engines."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("detox_ray.rollout.worker.RolloutWorker", LightWorker)
+        return worker.start_workers(engine_spec("light"), config)
