@@ -290,12 +290,12 @@ def test_a_replica_that_cannot_start(tiny_classifier: Path, tmp_path: Path, loca
     assert "never" not in serve.status().applications
 
 
-@pytest.mark.parametrize(("how", "times"), [(signal.SIGSTOP, 1), (signal.SIGKILL, 2)])
+@pytest.mark.parametrize(("how", "times", "patience_s"), [(signal.SIGSTOP, 1, 40), (signal.SIGKILL, 2, 180)])
 def test_a_classifier_that_hangs_or_dies_while_it_starts_is_started_anew(
-    deploy: Callable, how: signal.Signals, times: int
+    deploy: Callable, how: signal.Signals, times: int, patience_s: float
 ) -> None:
     lost = stop_when_seen("ServeReplica:one-test:classifier-rude_words", how, times)
-    client = deploy(RewardConfig(classifiers=[linear("rude_words")], start_timeout_s=25))
+    client = deploy(RewardConfig(classifiers=[linear("rude_words")], start_timeout_s=patience_s))
     assert len(client.score(TEXTS)) == len(TEXTS)
     _, left = psutil.wait_procs(lost.result(), timeout=60)
     assert not left
