@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 # Asked only where pip's own configuration has no CPU build of torch.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/torch==\1/p' requirements/cpu.txt)
-# Python compiles the modules that are imported; pip would compile all 35,000 of them, which takes as long as the rest.
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps
+# Containers often set it; each of the hundreds of processes of a test would compile what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint lock bench clean install
 

@@ -84,7 +84,7 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
     _refuse_two_scorers_of_one_name(config, files)
     folder = RunFolder.claim(config.folder)
     terminal.stage(f"evaluation folder {folder.path}")
-    bases = [_plan_base(systems, config, folder, terminal) for systems in _by_base(config.systems)]
+    bases = [_plan_base(systems, config, terminal) for systems in _by_base(config.systems)]
     answers = {name: [file.responses for file in of_system] for name, of_system in files.items()}
     if bases:
         with ray_session(config.ray, partial(check_placements, needed), folder.ray_logs):
@@ -254,12 +254,11 @@ def _by_base(systems: Sequence[SystemConfig]) -> list[list[SystemConfig]]:
     return [sorted(g, key=lambda s: s.policy is not None and s.policy.adapter is not None) for g in groups.values()]
 
 
-def _plan_base(systems: list[SystemConfig], config: MeterConfig, folder: RunFolder, terminal: Terminal) -> Base:
+def _plan_base(systems: list[SystemConfig], config: MeterConfig, terminal: Terminal) -> Base:
     """What the systems of one base start from, with the prompts in its tokens; errors as `plan_engine`."""
     policy = systems[0].policy
     assert policy is not None
-    device = torch.device("cuda" if config.rollout.num_gpus > 0 else "cpu")
-    engine, reason = plan_engine(policy, config.rollout, config.data.max_tokens, device)
+    engine, reason = plan_engine(policy, config.rollout, config.data.max_tokens, _device(config.rollout))
     ranks = [load_adapter(s.policy.adapter).peft_config["r"] for s in systems if s.policy and s.policy.adapter]
     if config.heldout_of_run:
         learned = learned_by(*(s.policy.adapter for s in config.systems if s.policy))
@@ -269,7 +268,6 @@ def _plan_base(systems: list[SystemConfig], config: MeterConfig, folder: RunFold
     if config.heldout_of_run and config.prompts is not None and config.prompts > len(split.heldout):
         raise ConfigError(f"prompts={config.prompts}: the run holds out {len(split.heldout)} prompts; lower it")
     terminal.stage(f"{', '.join(system.name for system in systems)}: {reason}")
-    engine = with_dequantized_base(engine, policy, config.rollout, folder, device)
     engine = replace(engine, lora_rank=max(ranks, default=engine.lora_rank))
     return Base(systems, engine, split.heldout[: config.prompts])
 
@@ -278,10 +276,16 @@ def _answers_on(base: Base, config: MeterConfig, folder: RunFolder, terminal: Te
     """The responses of every system of one base, in turn on the same workers."""
     policy = base.systems[0].policy
     assert policy is not None
-    with rollout_workers(base.engine, config.rollout) as workers:
-        pool = WorkerPool(workers, config.rollout, canary_tolerance(policy, config.rollout, base.engine))
+    engine = with_dequantized_base(base.engine, policy, config.rollout, folder, _device(config.rollout))
+    with rollout_workers(engine, config.rollout) as workers:
+        pool = WorkerPool(workers, config.rollout, canary_tolerance(policy, config.rollout, engine))
         pool.connect()
-        return [answer(pool, base.engine, s, base.prompts, config, folder, terminal) for s in base.systems]
+        return [answer(pool, engine, s, base.prompts, config, folder, terminal) for s in base.systems]
+
+
+def _device(rollout: RolloutConfig) -> torch.device:
+    """Where a quantised base is dequantised."""
+    return torch.device("cuda" if rollout.num_gpus > 0 else "cpu")
 
 
 def _sampled_file(

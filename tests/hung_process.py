@@ -9,7 +9,7 @@ import psutil
 
 
 def stop_when_seen(
-    title: str, how: signal.Signals = signal.SIGSTOP, times: int = 1, timeout_s: float = 60
+    title: str, how: signal.Signals = signal.SIGSTOP, times: int = 1, timeout_s: float = 180
 ) -> Future[list[psutil.Process]]:
     """Send a signal to the first new processes below this one whose title has `title` in it; the result is those."""
     this = psutil.Process()
