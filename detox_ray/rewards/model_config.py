@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.hub import why_not_loaded
@@ -16,16 +18,26 @@ def check_sequence_classifier(config: ClassifierConfig) -> str:
 
     Raises:
         ConfigError: the model has no such label.
-        ModelError: the model is missing, or a folder without safetensors weights.
+        ModelError: the model is missing, or a folder without safetensors weights, or with damaged ones.
     """
     names = load_model_config(config).id2label
     label = label_index(config, names)
     folder = Path(config.model)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"classifier {config.name!r}: no *.safetensors in {config.model}; save the model with safe serialization"
-        )
+    if folder.is_dir():
+        _check_weights(config.name, folder)
     return {int(index): name for index, name in names.items()}[label]
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"classifier {name!r}: no *.safetensors in {folder}; save the model with safe serialization")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):  # reads the header, and compares the length of the file with it
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"classifier {name!r}: {file} is damaged ({error}); copy or save it again") from None
 
 
 def load_model_config(config: ClassifierConfig) -> Any:

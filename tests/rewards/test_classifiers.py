@@ -148,6 +148,13 @@ def test_missing_models(tmp_path: Path, two_labels: Path) -> None:
     (tmp_path / "config.json").write_text((two_labels / "config.json").read_text())
     with pytest.raises(ModelError, match="safetensors"):
         check_classifier(transformers_config(tmp_path))
+    weights = (two_labels / "model.safetensors").read_bytes()
+    for damaged in (weights[:-1], b"not weights"):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"model\.safetensors is damaged .*; copy or save it again"):
+            check_classifier(transformers_config(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    check_classifier(transformers_config(tmp_path))
 
 
 def test_a_model_without_a_trained_head_is_refused(tmp_path: Path, two_labels: Path) -> None:

@@ -270,27 +270,21 @@ def test_prompts_are_read_when_the_configuration_says_so(deploy: Callable) -> No
     assert texts_to_read(["!", " b", ""], ["a", "a", "a"], config) == ["a!", "a b", "a"]
 
 
-def test_a_replica_that_cannot_start(tiny_classifier: Path, tmp_path: Path, local_ray: Path) -> None:
+def test_a_classifier_that_does_not_fit_is_not_deployed(tiny_classifier: Path) -> None:
+    model = ClassifierConfig(name="t", kind="transformers", model=str(tiny_classifier), label="unknown")
     with pytest.raises(ConfigError, match="neutral"):
-        deploy_reward_app(
-            RewardConfig(
-                classifiers=[
-                    ClassifierConfig(name="t", kind="transformers", model=str(tiny_classifier), label="unknown")
-                ]
-            ),
-            "never",
-        )
-    assert "never" not in serve.status().applications
-    for file in ("config.json", "model.safetensors"):
-        (tmp_path / file).write_bytes((tiny_classifier / file).read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    broken = ClassifierConfig(name="broken", kind="transformers", model=str(tmp_path))
-    with pytest.raises(RewardError, match=r"'broken'"):
-        deploy_reward_app(RewardConfig(classifiers=[broken]), "never")
+        deploy_reward_app(RewardConfig(classifiers=[model]), "never")
     assert "never" not in serve.status().applications
 
 
-@pytest.mark.parametrize(("how", "times", "patience_s"), [(signal.SIGSTOP, 1, 40), (signal.SIGKILL, 2, 180)])
+def test_a_replica_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detox_ray.serving.reward_app.check_classifier", lambda _: None)
+    with pytest.raises(RewardError, match=r"'broken'.* cannot be imported"):
+        deploy_reward_app(RewardConfig(classifiers=[linear("no_such_function", "broken")]), "never")
+    assert "never" not in serve.status().applications
+
+
+@pytest.mark.parametrize(("how", "times", "patience_s"), [(signal.SIGSTOP, 1, 30), (signal.SIGKILL, 2, 180)])
 def test_a_classifier_that_hangs_or_dies_while_it_starts_is_started_anew(
     deploy: Callable, how: signal.Signals, times: int, patience_s: float
 ) -> None:
