@@ -29,7 +29,7 @@ from detox_ray.metrics_file import read_metrics
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 COMMAND = [str(Path(sys.executable).with_name("detox-ray")), "train", str(ROOT / "configs/laptop.yaml")]
-STEPS = 8
+STEPS = 6
 # What a step says of this attempt at it, not of its result.
 CLOCKED = {name for name in TRAINING if name.startswith("time_")}
 CLOCKED |= {"ended_at", "tokens_per_s", "samples_per_s", "adapter_version", "worker_restarts"}
@@ -144,8 +144,8 @@ def test_the_judge_looked_on_while_it_trained(killed: Continued) -> None:
     lines = [json.loads(line) for line in (killed.folder / "evaluations.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     # The one under way when the driver was killed may be missing.
-    assert set(steps) <= {1, 3, 5, 7}
-    assert {5, 7} <= set(steps)
+    assert set(steps) <= {1, 3, 5}
+    assert 5 in steps
     assert len(steps) == len(set(steps))
     for line in lines:
         assert 0 <= line["mean_toxicity"] <= 1
