@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from detox_ray.classifier_config import ClassifierConfig, make_classifier_absolute
 from detox_ray.config import (
@@ -66,6 +66,11 @@ class MeterConfig(Section):
     def folder(self) -> Path:
         """`output_dir/name`, absolute."""
         return (Path(self.output_dir) / self.name).resolve()
+
+    @field_validator("rollout", mode="before")
+    @classmethod
+    def _as_many_responses_as_the_protocol(cls, value: Any) -> Any:
+        return {"samples_per_prompt": SAMPLES_PER_PROMPT, **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "MeterConfig":

@@ -115,13 +115,13 @@ def have_room_together(needed: Sequence[Placement], nodes: Sequence[Resources]) 
 
 
 def shortage(needed: Sequence[Placement], free: Resources) -> str | None:
-    """What others hold of what is needed, in words; None: nothing."""
+    """What is not free of what is needed, in words; None: nothing."""
     missing = [
         f"{amount:g} {resource} ({max(0.0, free.get(resource, 0)):g} free)"
         for resource, amount in total_needed(needed).items()
         if amount > free.get(resource, 0) + ROUNDING
     ]
-    return f"waiting until others on this cluster give back {', '.join(missing)}" if missing else None
+    return f"waiting until this cluster has {', '.join(missing)}" if missing else None
 
 
 def total_needed(needed: Iterable[Placement]) -> Resources:

@@ -85,6 +85,9 @@ def test_a_model_and_a_file(tmp_path: Path) -> None:
     assert model.systems[0].policy is not None
     assert (model.systems[0].policy.model, model.perplexity_model) == ("some/model", "some/model")
     assert model.rollout.samples_per_prompt == 25
+    shorter = meter_config("some/model", ["rollout.max_new_tokens=5"]).rollout
+    assert (shorter.samples_per_prompt, shorter.max_new_tokens) == (25, 5)
+    assert meter_config("some/model", ["rollout.samples_per_prompt=4"]).rollout.samples_per_prompt == 4
     file = meter_config("answers.csv", ["systems.0.columns.response=said"])
     assert (file.systems[0].responses, file.systems[0].columns.response) == ("answers.csv", "said")
     assert file.perplexity_model is None

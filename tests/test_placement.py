@@ -69,7 +69,7 @@ def test_nodes_that_an_autoscaler_would_start_count() -> None:
 def test_what_others_hold_is_said() -> None:
     needed = placements(configured(train={"num_gpus": 2}))
     assert shortage(needed, {"CPU": 8.0, "GPU": 2.0}) is None
-    assert "give back 2 GPU (0.5 free)" in str(shortage(needed, {"CPU": 8.0, "GPU": 0.5}))
+    assert "until this cluster has 2 GPU (0.5 free)" in str(shortage(needed, {"CPU": 8.0, "GPU": 0.5}))
 
 
 def test_the_table_has_a_row_a_role_and_a_column_a_resource() -> None:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import Any
@@ -157,41 +157,47 @@ class WorkerPool:
                 parts.append(Part(worker, prompts[first : min(first + size, end)], samples, own))
         return parts
 
-    def next_chunk(self, part: Part, timeout_s: float | None = None) -> Chunk:
-        """Wait for more of a part; a worker that died or hangs is brought back and asked for all of it again.
+    def chunks(self, parts: Sequence[Part]) -> Iterator[tuple[int, Chunk | None]]:
+        """What comes of the parts, in the order it comes, each with the place of its part, until all are complete.
 
-        It hangs that does not answer for `timeout_s`, at first; after that, and by default, for `rollout.timeout_s`.
+        A worker that died is brought back and asked for all of its part again; so is every worker once none has sent
+        anything for `rollout.timeout_s`. The part begins anew then: None comes in the place of a chunk.
 
         Raises:
-            ModelError: its engine does not start again, or the call takes the worker down every time.
+            ModelError: an engine does not start again, or a call takes its worker down every time.
         """
-        patience = self._config.timeout_s if timeout_s is None else timeout_s
-        while part.losses < ATTEMPTS:
-            try:
-                chunk = _next_of(part.reference, patience)
-                if self._push is None or all(rollout.adapter_version >= 0 for _, rollout in chunk):
-                    part.chunks.append(chunk)
-                    return chunk
-                # It died while nobody asked, and was back on the pristine base when this part came.
-                self._restore(part.worker, RayActorError(), part.restarts)
-            except (RayActorError, GetTimeoutError, ObjectLostError) as error:
-                self._restore(part.worker, error, part.restarts)
-            except RayTaskError as error:
-                raise _own_error(error) from None
-            part.losses += 1
-            patience = self._config.timeout_s
-            self._ask(part)
-        raise ModelError(
-            f"rollout worker {part.worker} went down {ATTEMPTS} times over the same {len(part.prompts)} prompts; "
-            "lower rollout.max_num_seqs or raise rollout.timeout_s, and see ray-logs in the run folder"
-        )
+        while waiting := {part.reference: place for place, part in enumerate(parts) if not part.is_complete}:
+            ready, _ = ray.wait(list(waiting), timeout=self._config.timeout_s)
+            for reference in ready or list(waiting):
+                place = waiting[reference]
+                yield place, self._next_chunk(parts[place])
+
+    def _next_chunk(self, part: Part) -> Chunk | None:
+        try:
+            chunk = _next_of(part.reference)
+            if self._push is None or all(rollout.adapter_version >= 0 for _, rollout in chunk):
+                part.chunks.append(chunk)
+                return chunk
+            # It died while nobody asked, and was back on the pristine base when this part came.
+            self._restore(part.worker, RayActorError(), part.restarts)
+        except (RayActorError, GetTimeoutError, ObjectLostError) as error:
+            self._restore(part.worker, error, part.restarts)
+        except RayTaskError as error:
+            raise _own_error(error) from None
+        part.losses += 1
+        if part.losses == ATTEMPTS:
+            raise ModelError(
+                f"rollout worker {part.worker} went down {ATTEMPTS} times over the same {len(part.prompts)} prompts; "
+                "lower rollout.max_num_seqs or raise rollout.timeout_s, and see ray-logs in the run folder"
+            )
+        self._ask(part)
+        return None
 
     def sample(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
-        """`samples` responses to each prompt, prompt by prompt; errors as `next_chunk`."""
+        """`samples` responses to each prompt, prompt by prompt; errors as `chunks`."""
         parts = self.submit(prompts, samples, sampling)
-        for part in parts:
-            while not part.is_complete:
-                self.next_chunk(part)
+        for _ in self.chunks(parts):
+            pass
         return [rollout for part in parts for rollout in part.rollouts()]
 
     def sleep(self) -> None:
@@ -291,13 +297,13 @@ class WorkerPool:
             raise SyncError(f"rollout worker {index} acknowledged adapter {push.version} and serves the one before")
 
 
-def _next_of(chunks: Any, timeout_s: float) -> Chunk:
-    """The next chunk of an `ObjectRefGenerator`.
+def _next_of(chunks: Any) -> Chunk:
+    """The chunk of an `ObjectRefGenerator` that is there.
 
     Raises:
-        GetTimeoutError: it does not come; and what the call raised.
+        GetTimeoutError: none is; and what the call raised.
     """
-    ready, _ = ray.wait([chunks], timeout=timeout_s)
+    ready, _ = ray.wait([chunks], timeout=0, fetch_local=False)
     if not ready:
         raise GetTimeoutError
     return ray.get(next(chunks))

@@ -12,7 +12,6 @@ from threading import Event
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
@@ -182,15 +181,13 @@ class RolloutStream:
     def _sampled_parts(self, parts: list[Part]) -> list[list[Any]]:
         """Wait until the parts are complete; the futures of their scores, one for each chunk of each part."""
         futures: list[list[Any]] = [[] for _ in parts]
-        while waiting := {part.reference: place for place, part in enumerate(parts) if not part.is_complete}:
-            ready, _ = ray.wait(list(waiting), timeout=self.config.timeout_s)
-            for reference in ready or list(waiting):
-                part, scored = parts[waiting[reference]], futures[waiting[reference]]
-                # Those that are silent still; while one is brought back another may go on.
-                is_silent = not ready and not ray.wait([reference], timeout=0, fetch_local=False)[0]
-                rollouts = [rollout for _, rollout in self.pool.next_chunk(part, 0.0 if is_silent else None)]
-                del scored[len(part.chunks) - 1 :]  # of chunks that were lost with their worker
-                scored.append(self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts]))
+        for place, chunk in self.pool.chunks(parts):
+            if chunk is None:
+                futures[place].clear()
+            else:
+                rollouts = [rollout for _, rollout in chunk]
+                future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
+                futures[place].append(future)
         return futures
 
     def _scores(self, part: Part, futures: list[Any]) -> list[Score]:
