@@ -31,13 +31,22 @@ def local_capacity(config: RayConfig) -> Capacity:
     return Capacity([{"CPU": config.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
 
 
-def cluster_capacity() -> Capacity:
-    """What the nodes of the connected Ray have, and what its autoscaler (version 2) can add to them."""
+def cluster_capacity(config: RayConfig) -> Capacity:
+    """What the nodes of the connected Ray have; what an autoscaler could add to them it does not tell."""
     import ray
-    from ray._private.state import state
 
-    most = state.get_max_resources_from_cluster_config() or {}
-    return Capacity([node["Resources"] for node in ray.nodes() if node["Alive"]], {**most})
+    return Capacity([node["Resources"] for node in ray.nodes() if node["Alive"]], config.autoscaling)
+
+
+def check_capacity(config: RayConfig, check: Callable[[Capacity], None]) -> None:
+    """Raises:
+    ConfigError: `check` refuses what the connected Ray has.
+    """
+    try:
+        check(cluster_capacity(config))
+    except ConfigError as error:
+        hint = "where an autoscaler starts nodes when they are asked for, set ray.autoscaling=true"
+        raise ConfigError(f"{error}; {hint}") from None
 
 
 def cluster_address(config: RayConfig) -> str | None:
@@ -65,7 +74,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
     address = cluster_address(config)
     if ray.is_initialized():
         # The caller's own Ray, say a notebook's: use it and leave it.
-        check(cluster_capacity())
+        check_capacity(config, check)
         check_nodes_see(logs.parent)
         yield
         return
@@ -87,7 +96,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(_refusal(address, f"{error}\n{error.__cause__ or ''}")) from None
     try:
-        check(cluster_capacity())
+        check_capacity(config, check)
         check_nodes_see(logs.parent)
         found = ray.get_runtime_context()
         link_logs(logs, Path(found.get_temp_dir()) / found.get_session_name() / "logs")

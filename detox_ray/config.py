@@ -302,6 +302,9 @@ class RayConfig(Section):
 
     address: str | None = Field(None, description="of a running cluster; none: a local Ray for this run alone")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; none: those of the machine")
+    autoscaling: bool = Field(
+        False, description="the cluster starts nodes when they are asked for: what it has not got is waited for"
+    )
 
 
 class RunSettings(Section):

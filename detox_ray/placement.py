@@ -1,7 +1,7 @@
 """What the workers of each role take from Ray's nodes, and whether there is that much."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from rich import box
@@ -31,14 +31,14 @@ class Placement:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What each of Ray's nodes has, and what an autoscaler can have at most over all (nothing: there is none)."""
+    """What each of Ray's nodes has; `grows`: others are started when they are asked for, and nobody knows which."""
 
     nodes: list[Resources]
-    most: Resources = field(default_factory=dict)
+    grows: bool = False
 
     def total(self, resource: str) -> float:
-        """Of all nodes together, also of those that an autoscaler would still start."""
-        return max(sum(node.get(resource, 0) for node in self.nodes), self.most.get(resource, 0))
+        """Of all nodes together."""
+        return sum(node.get(resource, 0) for node in self.nodes)
 
 
 def placements(config: Config) -> list[Placement]:
@@ -67,6 +67,8 @@ def check_placements(needed: Sequence[Placement], capacity: Capacity) -> None:
         ConfigError: all roles together need more of a resource than there is, no node has what one worker needs, or
             the nodes have no room for all workers at once.
     """
+    if capacity.grows:
+        return
     for resource, amount in total_needed(needed).items():
         if amount > capacity.total(resource) + ROUNDING:
             takers = [p for p in needed if resource in p.each]
@@ -75,8 +77,6 @@ def check_placements(needed: Sequence[Placement], capacity: Capacity) -> None:
                 f"this needs {_amount(resource, amount)} ({listed}) and Ray has {capacity.total(resource):g}; "
                 f"lower {_settings(takers, resource)}{_or_start(resource)}"
             )
-    if capacity.most:
-        return
     for placement in needed:
         if not any(_has(node, placement.each) for node in capacity.nodes):
             raise ConfigError(

@@ -2,8 +2,9 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
-from detox_ray.cluster import cluster_address, cluster_capacity, local_capacity
+from detox_ray.cluster import check_capacity, cluster_address, local_capacity
 from detox_ray.placement import Placement, check_placements
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_for_proxies, wait_until_stopped
@@ -31,7 +32,7 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
         check_placements(needed, local_capacity(config.ray))  # before anything is started
     timeout_s = config.limits.body_timeout_s + config.limits.timeout_s + GRACE_S
     with serve_session(config.ray, config.http.host, config.http.port, timeout_s) as address:
-        check_placements(needed, cluster_capacity())
+        check_capacity(config.ray, partial(check_placements, needed))
         app = build_http_app(config)
         with deleted_at_the_end(APP_NAME):
             deploy_in_background(app, APP_NAME, "/")

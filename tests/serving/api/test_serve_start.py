@@ -31,7 +31,10 @@ def of_service(address: str, **settings: object) -> ApiConfig:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_gpus": 2}, r"needs 2 GPUs \(1 x classifier words with 2\) and Ray has 0; .*classifiers\.0\.num_gpus"),
+        (
+            {"num_gpus": 2},
+            r"needs 2 GPUs \(1 x classifier words with 2\) and Ray has 0; .*0\.num_gpus; .*ray\.autoscaling=true",
+        ),
         ({"resources": {"scorer_node": 1}}, "needs 1 of 'scorer_node'"),
         ({"replicas": 50, "num_cpus": 1}, r"needs 50 CPUs .* lower reward\.classifiers\.0\.replicas"),
     ],
