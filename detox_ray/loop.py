@@ -68,7 +68,7 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
         wait_in_words(needed, terminal)
         plan = plan.with_dequantized_base()
         terminal.stage("starting rollout workers and reward classifiers")
-        with rollout_workers(plan.engine, plan.config.rollout) as workers, reward_app(plan):
+        with rollout_workers(plan.engine, plan.config.rollout, terminal) as workers, reward_app(plan):
             pool = worker_pool(plan, workers)
             meter = meter_of_run(plan.run, plan.config)
             *before, after = meter.systems

@@ -35,6 +35,7 @@ from detox_ray.policy.adapter import load_adapter
 from detox_ray.policy.load import load_tokenizer
 from detox_ray.policy.policy import CANARY_LENGTH, canary_of
 from detox_ray.records import Prompt
+from detox_ray.reservation import reserved
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import WorkerPool
@@ -100,13 +101,14 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
 
 
 @contextmanager
-def rollout_workers(engine: EngineSpec, rollout: RolloutConfig) -> Iterator[list[Any]]:
-    """The rollout actors; their engines go on starting while other things start."""
-    workers = start_workers(engine, rollout)
-    try:
-        yield workers
-    finally:
-        stop_workers(workers)
+def rollout_workers(engine: EngineSpec, rollout: RolloutConfig, terminal: Terminal) -> Iterator[list[Any]]:
+    """The rollout actors, once there is room for all; their engines go on starting while other things start."""
+    with reserved(rollout_placement(rollout), terminal.stage) as room:
+        workers = start_workers(engine, rollout, room)
+        try:
+            yield workers
+        finally:
+            stop_workers(workers)
 
 
 def answer(
@@ -277,7 +279,7 @@ def _answers_on(base: Base, config: MeterConfig, folder: RunFolder, terminal: Te
     policy = base.systems[0].policy
     assert policy is not None
     engine = with_dequantized_base(base.engine, policy, config.rollout, folder, _device(config.rollout))
-    with rollout_workers(engine, config.rollout) as workers:
+    with rollout_workers(engine, config.rollout, terminal) as workers:
         pool = WorkerPool(workers, config.rollout, canary_tolerance(policy, config.rollout, engine))
         pool.connect()
         return [answer(pool, engine, s, base.prompts, config, folder, terminal) for s in base.systems]

@@ -124,6 +124,14 @@ def shortage(needed: Sequence[Placement], free: Resources) -> str | None:
     return f"waiting until this cluster has {', '.join(missing)}" if missing else None
 
 
+def waiting_line(placement: Placement) -> str:
+    """What to say while no nodes have room for the workers of a role."""
+    return (
+        f"the {placement.role}s wait for room: no nodes have {placement.count} x {_amounts(placement.each)} free now; "
+        f"end what holds them, add a node, or start again with lower numbers in {placement.section}"
+    )
+
+
 def total_needed(needed: Iterable[Placement]) -> Resources:
     """Of all workers of all roles, by resource."""
     total: Resources = {}

@@ -25,6 +25,7 @@ from detox_ray.errors import DetoxError
 from detox_ray.hung_actor import kill_when_hung
 from detox_ray.learner.checkpoint_folder import remove_wrong_list
 from detox_ray.learner_config import LearnerConfig
+from detox_ray.placement import learner_placement, waiting_line
 from detox_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -79,11 +80,7 @@ def waiting_in_words(config: LearnerConfig, say: Callable[[str], None], poll_s: 
                 return
             polls = polls + 1 if waiting else 0
             if polls == 2:
-                say(
-                    f"the learners wait for room: no nodes have {config.workers} x {config.num_cpus:g} CPU, "
-                    f"{config.num_gpus:g} GPU and {config.resources or 'no custom resource'} free now; end what holds "
-                    "them, add a node, or start again with less in train or rollout"
-                )
+                say(waiting_line(learner_placement(config)))
 
     threading.Thread(target=watch, daemon=True).start()
     try:
@@ -175,11 +172,11 @@ def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> _Trainer:
 
 
 def _own_placement_groups() -> list[dict[str, Any]]:
-    """Those of this job, which are its learners' and nothing else's."""
+    """Those of this job's learners."""
     job = ray.get_runtime_context().get_job_id()
-    # The last bytes of a group's id are those of the job that made it.
-    groups = ray.util.placement_group_table().values()
-    return [g for g in groups if g["state"] != "REMOVED" and g["placement_group_id"].endswith(job)]
+    # The last bytes of a group's id are those of the job that made it; ours have a name, Ray Train's have none.
+    own = [g for g in ray.util.placement_group_table().values() if g["placement_group_id"].endswith(job)]
+    return [group for group in own if group["state"] != "REMOVED" and not group["name"]]
 
 
 def _remove_placement_groups() -> None:

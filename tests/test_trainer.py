@@ -26,7 +26,7 @@ def test_learners_that_wait_for_room_are_said_to(local_ray: Path) -> None:
     finally:
         remove_placement_group(group)
     assert len(lines) == 1
-    assert "2 x 64 CPU, 0 GPU and {'learner_node': 1.0} free now" in lines[0]
+    assert "2 x 64 CPUs, 1 of 'learner_node' free now" in lines[0]
 
 
 def test_learners_that_have_room_are_not_spoken_of(local_ray: Path) -> None:

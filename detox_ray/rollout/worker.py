@@ -10,6 +10,8 @@ from itertools import islice
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
@@ -108,21 +110,28 @@ class RolloutWorker:
         self._engine.sleep()
 
 
-def start_workers(spec: EngineSpec, config: RolloutConfig) -> list[Any]:
-    """Start `config.workers` actors without waiting for their engines; each restarts by itself if its process dies."""
+def start_workers(spec: EngineSpec, config: RolloutConfig, room: PlacementGroup | None = None) -> list[Any]:
+    """Start `config.workers` actors without waiting for their engines; each restarts by itself if its process dies.
+
+    `room`: a placement group with a bundle for each of them.
+    """
     environment = {
         "OMP_NUM_THREADS": str(max(1, int(config.num_cpus) // config.tensor_parallel)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    actor = ray.remote(RolloutWorker).options(
-        num_cpus=config.num_cpus,
-        num_gpus=config.num_gpus,
-        resources=config.resources,
-        max_restarts=-1,
-        runtime_env={"env_vars": environment},
-    )
-    return [actor.remote(spec) for _ in range(config.workers)]
+    actor = ray.remote(RolloutWorker)
+    return [
+        actor.options(
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            resources=config.resources,
+            max_restarts=-1,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(room, index) if room else "DEFAULT",
+        ).remote(spec)
+        for index in range(config.workers)
+    ]
 
 
 def stop_workers(workers: Sequence[Any]) -> None:

@@ -1,16 +1,23 @@
 """The pool of rollout workers: what does not start, the seeds of its calls, and workers that serve what was before."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from light_engine import engine_spec
+import ray
+from light_engine import engine_spec, start_light_workers
+from ray.util import get_current_placement_group
+from ray.util.placement_group import placement_group_table
 
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import ModelError
+from detox_ray.placement import rollout_placement
 from detox_ray.records import Canary
+from detox_ray.reservation import reserved
 from detox_ray.rollout.pool import WorkerPool, is_stale, seed_of_call
-from detox_ray.rollout.worker import start_workers, stop_workers
+from detox_ray.rollout.worker import RolloutWorker, start_workers, stop_workers
 
 
 @pytest.mark.e2e
@@ -21,6 +28,28 @@ def test_an_engine_that_cannot_start_is_one_clear_error(tmp_path: Path, local_ra
     with pytest.raises(ModelError, match="rollout worker 0 does not start: "):
         WorkerPool(workers, config, 1e-3).connect()
     stop_workers(workers)
+
+
+@pytest.mark.e2e
+def test_workers_are_where_room_was_reserved_for_them_and_come_back_there(local_ray: Path) -> None:
+    config = RolloutConfig(workers=2, num_cpus=0.5)
+    with reserved(rollout_placement(config), print) as room:
+        assert room is not None
+        workers = start_light_workers(config, room)
+        pool = WorkerPool(workers, config, 1e-3)
+        pool.connect()
+        os.kill(ray.get(workers[1].process_id.remote()), signal.SIGKILL)
+        pool.connect()
+        bundles = placement_group_table(room)["bundles_to_node_id"]
+        groups = [ray.get(worker.__ray_call__.remote(own_group)) for worker in workers]
+        stop_workers(workers)
+    assert len(bundles) == 2
+    assert groups == [room.id.hex()] * 2
+
+
+def own_group(_: RolloutWorker) -> str:
+    group = get_current_placement_group()
+    return group.id.hex() if group else ""
 
 
 @pytest.mark.unit
