@@ -9,12 +9,15 @@ ratio is
 
     step at staleness 1 / max(sampling, learning at staleness 0), medians over steps, start-up and warm-up left out
 
-which also has to carry the adapter's push, the only thing that can wait for both. `--set rollout.max_num_seqs=16` makes
-sampling slower, for halves that are more alike.
+which also has to carry the classifiers, Ray and the push of the adapter. Cores of their own are not quite that: how
+much longer a matrix product takes on one core while another is busy with the same is measured beside it.
+`--set rollout.max_num_seqs=16` makes sampling slower, for halves that are more alike.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -45,6 +48,14 @@ SETTINGS = (
     "evaluation.samples_per_prompt=1",
     "evaluation.every=0",
 )
+# How often a second, over a few seconds.
+MATRIX_PRODUCTS = """
+import numpy, time
+a, done, started = numpy.ones((512, 512), numpy.float32), 0, time.perf_counter()
+while time.perf_counter() - started < 5:
+    done += (a @ a).shape[0]
+print(done / (time.perf_counter() - started))
+"""
 
 
 def main() -> None:
@@ -62,6 +73,7 @@ def main() -> None:
     console = Console()
     facts = machine(PACKAGES)
     console.print(describe(facts))
+    neighbour = _slower_beside_another()
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="detox_ray-benchmark-") as folder:
         for number in range(1, options.rounds + 1):
@@ -75,8 +87,10 @@ def main() -> None:
         "settings": options.set,
         "ratio": spread([r["ratio"] for r in rounds]),
         "rounds": rounds,
+        "slower_beside_another": neighbour,
     }
     console.print(_table(rounds))
+    console.print(f"a matrix product takes {neighbour:.2f} x as long while the other core is busy with the same")
     write_json(options.out, result)
     console.print(f"written to {options.out}")
 
@@ -99,6 +113,19 @@ def _seconds(options: argparse.Namespace, folder: Path, staleness: int) -> dict[
     lines = read_metrics(folder / "benchmark" / "metrics.jsonl")[options.warmup : -1]
     parts = ("step", "rollout", "reward", "learn", "push")
     return {part: statistics.median(line[f"time_{part}_s"] for line in lines) for part in parts}
+
+
+def _slower_beside_another() -> float:
+    """Time of a matrix product on one core beside another busy one, over its time alone; the mean of two tries."""
+
+    def rates(processes: int) -> list[float]:
+        command = [sys.executable, "-c", MATRIX_PRODUCTS]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(processes)]
+        return [float(process.communicate()[0]) for process in running]
+
+    tries = [(rates(1), rates(2)) for _ in range(2)]
+    return statistics.mean(alone[0] / statistics.mean(together) for alone, together in tries)
 
 
 def _table(rounds: list[dict[str, Any]]) -> Table:

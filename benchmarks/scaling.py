@@ -99,7 +99,7 @@ def _measure(hosts: list[Any], workers: int, megabytes: int, steps: int) -> dict
     stream = _stream(hosts, workers)
     make_adapter, canary = _adapters(megabytes), _canary()
     stream.connect()
-    stream.publish(make_adapter, canary)
+    stream.pool.publish(make_adapter, canary)
     _step(stream, make_adapter, canary, 0)
     measured = [_step(stream, make_adapter, canary, step) for step in range(1, steps + 1)]
     medians = {name: float(np.median([m[name] for m in measured])) for name in measured[0]}
@@ -125,7 +125,7 @@ def _step(stream: RolloutStream, make_adapter: Callable[[int], Adapter], canary:
     batch_s, batch_cpu_s = time.perf_counter() - started, time.process_time() - cpu_before
     wait(LEARN_S)
     before, cpu_before = time.perf_counter(), time.process_time()
-    stream.publish(make_adapter, canary)
+    stream.pool.publish(make_adapter, canary)
     ended = time.perf_counter()
     return {
         "batch_s": batch_s,

@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 # In the order they follow one another within a step, on the learner's clock.
 STAGES = {
+    "time_acknowledge_s": "wait for the adapter before to be acknowledged",
     "time_rollout_s": "wait for responses",
     "time_reward_s": "wait for scores",
     "time_learn_s": "learn",
-    "time_settle_s": "wait for responses under way",
     "time_push_s": "push the adapter",
     "time_dev_s": "dev loss",
 }
@@ -103,10 +103,10 @@ def worker_events(tasks: list[dict[str, Any]], first: float) -> list[dict[str, A
 
 
 def _stages(line: dict[str, Any]) -> dict[str, float]:
-    """The seconds of the stages that the step had; the wait for responses without that part of it which came later."""
+    """The seconds of the stages that the step had; the push without that part of it which came first."""
     found = {name: line[name] for name in STAGES if name in line}
-    if "time_settle_s" in found:
-        found["time_rollout_s"] -= found["time_settle_s"]
+    if "time_acknowledge_s" in found:
+        found["time_push_s"] -= found["time_acknowledge_s"]
     return found
 
 

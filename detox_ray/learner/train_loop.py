@@ -54,11 +54,13 @@ class Stream(Protocol):
 
     def connect(self) -> None: ...
 
+    def start(self, step: int, last_step: int) -> None: ...
+
     def next_batch(self, step: int, last_step: int) -> ScoredBatch: ...
 
-    def settle(self) -> None: ...
-
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int: ...
+
+    def verify(self) -> None: ...
 
     def discard(self) -> int: ...
 
@@ -104,10 +106,11 @@ def _train(task: LearnerTask) -> None:
     for step in range(first_step, config.train.total_steps):
         line = healthy_step(task, ppo, recovery, step)
         if tracker is not None:
-            append_metrics(run_dir / METRICS_FILE, line)
-            tracker.log(line)
             if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
                 stream.evaluate(step, line["reward"])
+            stream.start(step + 1, last_step)  # sampled while this step is written down
+            append_metrics(run_dir / METRICS_FILE, line)
+            tracker.log(line)
             for evaluation in stream.evaluations(wait=step == last_step):
                 append_metrics(run_dir / EVALUATIONS_FILE, evaluation)
                 tracker.log(evaluation, JUDGE)
@@ -115,6 +118,7 @@ def _train(task: LearnerTask) -> None:
             if world()[0] == 0:
                 keep_adapter(policy.adapter(), run_dir, step + 1)
             save_checkpoint(recovery, step, line)
+    on_first_learner(stream.verify)
     if world()[0] == 0 and not is_kept(policy.adapter(), run_dir):
         keep_adapter(policy.adapter(), run_dir, last_step + 1)
     if tracker is not None:
@@ -158,8 +162,6 @@ def one_step(task: LearnerTask, ppo: PPO, step: int, started: float) -> dict[str
     metrics = ppo.update(rollouts, rewards, step, on_policy=batch.staleness == 0)
     learned = time.perf_counter()
     make_room(config)
-    on_first_learner(stream.settle)
-    settled = time.perf_counter()
     version = publish(task, ppo.policy)
     finished = time.perf_counter()
     seconds = finished - started
@@ -168,10 +170,8 @@ def one_step(task: LearnerTask, ppo: PPO, step: int, started: float) -> dict[str
         **metrics,
         "staleness": batch.staleness,
         "adapter_version": version,
-        "time_rollout_s": batch.metrics["time_rollout_s"] + settled - learned,
-        "time_settle_s": settled - learned,
         "time_learn_s": learned - received,
-        "time_push_s": finished - settled,
+        "time_push_s": batch.metrics["time_acknowledge_s"] + finished - learned,
         "time_step_s": seconds,
         "tokens_per_s": sum(len(r.response_ids) for r in batch.rollouts) / seconds,
         "samples_per_s": len(batch.rollouts) / seconds,
@@ -185,7 +185,7 @@ def make_room(config: Config) -> None:
 
 
 def publish(task: LearnerTask, policy: Policy) -> int:
-    """Send the adapter to every rollout worker; its version.
+    """Send the adapter to the rollout workers; its version.
 
     Raises:
         DivergenceError: what the policy says is no number.

@@ -30,13 +30,18 @@ ROUNDS_A_CALL = 4
 
 @dataclass(frozen=True)
 class Push:
-    """An adapter under way: its place in the object store, and what every worker must answer."""
+    """An adapter under way: its place in the object store, what every worker must answer, and the calls that ask it.
+
+    `restarts`: how often each worker had been restarted when it was asked.
+    """
 
     reference: Any
     version: int
     digest: str
     canary: Canary
     previous: Canary | None
+    calls: list[Any]
+    restarts: list[int]
 
 
 @dataclass
@@ -78,7 +83,7 @@ def seed_of_call(seed: int, call: int) -> int:
 class WorkerPool:
     """N worker actors that serve one adapter version. Picklable; its copies share the actors.
 
-    Threads may wait for parts while another publishes.
+    Threads may wait for parts while another pushes.
     """
 
     def __init__(self, workers: list[Any], config: RolloutConfig, canary_tolerance: float) -> None:
@@ -116,25 +121,45 @@ class WorkerPool:
         self.version = max(self._served_version(index) for index in range(self.size))
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
-        """Push `make_adapter(next version)` to every worker, once through the object store; returns the version.
+        """Push `make_adapter(next version)` to every worker and wait for all; returns the version.
 
         Raises:
-            SyncError: a worker acknowledges something else, or answers the canary unlike the learner.
+            SyncError: as `verify`.
+        """
+        push = self.push(make_adapter, canary)
+        self.verify(push)
+        return push.version
+
+    def push(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> Push:
+        """Send `make_adapter(next version)` to every worker, once through the object store.
+
+        A worker ends what it was asked before with the adapter it has, and does with this one what it is asked later.
         """
         with self._mending:
             adapter = make_adapter(self.version + 1)
             previous = self._push.canary if self._push else None
-            self._push = Push(ray.put(adapter), adapter.version, adapter.digest, canary, previous)
-            answers = [self._submit_push(index) for index in range(self.size)]
-            for index, answer in enumerate(answers):
-                try:
-                    self._verify(index, ray.get(answer, timeout=self._config.timeout_s))
-                except (RayActorError, GetTimeoutError) as error:
-                    self._restore(index, error, self._restarts[index])
-                except RayTaskError as error:
-                    raise _own_error(error) from None
+            reference = ray.put(adapter)
+            calls = [worker.apply.remote(reference, canary.prefixes) for worker in self._workers]
+            restarts = list(self._restarts)
+            self._push = Push(reference, adapter.version, adapter.digest, canary, previous, calls, restarts)
             self.version = adapter.version
-            return adapter.version
+            return self._push
+
+    def verify(self, push: Push) -> None:
+        """Wait until every worker has shown that it serves the push; one that died serves it or a later one.
+
+        To be called when the workers have done what they were asked before: none may be silent for `rollout.timeout_s`.
+
+        Raises:
+            SyncError: a worker acknowledges something else, or answers the canary unlike the learner.
+        """
+        for index, call in enumerate(push.calls):
+            try:
+                self._check(index, ray.get(call, timeout=self._config.timeout_s), push)
+            except (RayActorError, GetTimeoutError) as error:
+                self._restore(index, error, push.restarts[index])
+            except RayTaskError as error:
+                raise _own_error(error) from None
 
     def submit(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Part]:
         """Start `samples` responses to each prompt: even, contiguous shares, in calls that each have a seed."""
@@ -166,11 +191,14 @@ class WorkerPool:
         Raises:
             ModelError: an engine does not start again, or a call takes its worker down every time.
         """
-        while waiting := {part.reference: place for place, part in enumerate(parts) if not part.is_complete}:
+        waiting = {part.reference: place for place, part in enumerate(parts) if not part.is_complete}
+        while waiting:
             ready, _ = ray.wait(list(waiting), timeout=self._config.timeout_s)
             for reference in ready or list(waiting):
-                place = waiting[reference]
+                place = waiting.pop(reference)
                 yield place, self._next_chunk(parts[place])
+                if not parts[place].is_complete:
+                    waiting[parts[place].reference] = place
 
     def _next_chunk(self, part: Part) -> Chunk | None:
         try:
@@ -240,8 +268,9 @@ class WorkerPool:
         for _ in range(ATTEMPTS):
             try:
                 self._served_version(index)
-                if self._push is not None:
-                    self._verify(index, ray.get(self._submit_push(index), timeout=self._config.timeout_s))
+                if (push := self._push) is not None:
+                    call = self._workers[index].apply.remote(push.reference, push.canary.prefixes)
+                    self._check(index, ray.get(call, timeout=self._config.timeout_s), push)
                 return
             except (RayActorError, GetTimeoutError):
                 continue
@@ -274,13 +303,7 @@ class WorkerPool:
             f"{ATTEMPTS} times ({problem}); see ray-logs in the run folder"
         )
 
-    def _submit_push(self, index: int) -> Any:
-        assert self._push is not None
-        return self._workers[index].apply.remote(self._push.reference, self._push.canary.prefixes)
-
-    def _verify(self, index: int, answer: Acknowledgement) -> None:
-        push = self._push
-        assert push is not None
+    def _check(self, index: int, answer: Acknowledgement, push: Push) -> None:
         if (answer.version, answer.digest) != (push.version, push.digest):
             raise SyncError(
                 f"rollout worker {index} acknowledged adapter {answer.version} ({answer.digest[:12]}), "

@@ -1,11 +1,13 @@
 """The stream of scored rollouts: keeps batches in flight, and has responses scored while others are sampled.
 
-A batch under way is gathered by a thread of its own, so that it is sampled and scored while the learner learns.
+A batch under way is gathered by a thread of its own, so that it is sampled and scored while the learner learns. Nobody
+waits for a push either: a worker takes an adapter when it has done what it was asked before, and goes on with the next
+batch whatever the others do; that all have taken it is made sure before that batch is trained on.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from operator import itemgetter
 from threading import Event
@@ -17,7 +19,7 @@ from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter
 from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
-from detox_ray.rollout.pool import Part, WorkerPool
+from detox_ray.rollout.pool import Part, Push, WorkerPool
 
 PromptSchedule = Callable[[int], Sequence[Prompt]]
 
@@ -55,7 +57,8 @@ class Batch:
     """Scored rollouts of one step, the samples of a prompt next to each other.
 
     `rewards: [B] float32`; `staleness` in adapter versions; `metrics` holds what the scorer says of the batch, the
-    seconds the learner waited (`time_rollout_s`, then `time_reward_s`) and `worker_restarts`.
+    seconds the learner waited (`time_acknowledge_s`, `time_rollout_s` and `time_reward_s`, one after the other) and
+    `worker_restarts`.
     """
 
     rollouts: list[Rollout]
@@ -66,11 +69,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What became of a step's prompts; `sampled` is when the last response was there, on the performance counter."""
+    """What became of a step's prompts, and when, on the performance counter.
+
+    `acknowledged`: every worker had shown that it serves the adapter; `sampled`: the last response was there.
+    """
 
     rollouts: list[Rollout]
     rewards: np.ndarray
     metrics: dict[str, float]
+    acknowledged: float
     sampled: float
 
 
@@ -88,58 +95,70 @@ class RolloutStream:
     seed: int
     evaluation: Evaluation | None = None
     _in_flight: dict[int, Future[Gathered]] = field(default_factory=dict)
-    _sampled: dict[int, Event] = field(default_factory=dict)
+    _push: Push | None = None  # the last one, until a batch after it is started
+    _sampled: Event | None = None  # whether the batch started last is sampled
     _executor: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_flight": {}, "_sampled": {}, "_executor": None}
+        return {**self.__dict__, "_in_flight": {}, "_push": None, "_sampled": None, "_executor": None}
 
     def connect(self) -> None:
         """See `WorkerPool.connect`."""
         self.pool.connect()
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
-        """See `WorkerPool.publish`."""
-        return self.pool.publish(make_adapter, canary)
+        """Send the next adapter, with which the batches started from now on are sampled; its version."""
+        self._push = self.pool.push(make_adapter, canary)
+        return self._push.version
 
-    def settle(self) -> None:
-        """Wait until the workers have sampled all batches under way: a push comes after what they were asked before."""
-        for sampled in self._sampled.values():
-            sampled.wait()
-
-    def next_batch(self, step: int, last_step: int) -> Batch:
-        """The scored batch of `step`; with `max_staleness` > 0 the following ones, up to `last_step`, are started too.
+    def verify(self) -> None:
+        """Wait until the workers have acknowledged the last adapter, where no batch after it sees to that.
 
         Raises:
-            SyncError: a rollout comes from a version that was not acknowledged or is too old.
-            RewardError: a classifier failed for good.
-            ModelError: a worker cannot be brought back.
+            SyncError: as `WorkerPool.verify`.
         """
+        if self._push is not None:
+            self.pool.verify(self._push)
+            self._push = None
+
+    def start(self, step: int, last_step: int) -> None:
+        """Have the batch of `step` sampled, and with `max_staleness` > 0 the following ones, up to `last_step`."""
         for ahead in range(step, min(step + self.config.max_staleness, last_step) + 1):
             if ahead not in self._in_flight:
                 prompts = self.prompts_for_step(ahead)
                 parts = self.pool.submit(prompts, self.config.samples_per_prompt, self._sampling(ahead))
-                self._sampled[ahead] = Event()
-                events = (self._sampled.get(ahead - 1), self._sampled[ahead])
-                self._in_flight[ahead] = self._threads().submit(self._gather, parts, *events)
+                before, self._sampled = self._sampled, Event()
+                push, self._push = self._push, None
+                self._in_flight[ahead] = self._threads().submit(self._gather, parts, push, before, self._sampled)
+
+    def next_batch(self, step: int, last_step: int) -> Batch:
+        """The scored batch of `step`, started now if it was not; see `start`.
+
+        Raises:
+            SyncError: a worker does not serve the adapter it was sent, or a rollout is of another version or too old.
+            RewardError: a classifier failed for good.
+            ModelError: a worker cannot be brought back.
+        """
+        self.start(step, last_step)
         asked = time.perf_counter()
         gathered = self._in_flight.pop(step).result()
-        del self._sampled[step]
+        acknowledged = max(asked, gathered.acknowledged)
+        sampled = max(acknowledged, gathered.sampled)
         staleness = self._checked_staleness(gathered.rollouts)
         metrics = {
             **gathered.metrics,
-            "time_rollout_s": max(0.0, gathered.sampled - asked),
-            "time_reward_s": time.perf_counter() - max(asked, gathered.sampled),
+            "time_acknowledge_s": acknowledged - asked,
+            "time_rollout_s": sampled - acknowledged,
+            "time_reward_s": time.perf_counter() - sampled,
             "worker_restarts": float(self.pool.restarts),
         }
         return Batch(gathered.rollouts, gathered.rewards, staleness, metrics)
 
     def discard(self) -> int:
         """Forget the batches under way, whose steps the adapter published next samples anew; their number."""
-        self.settle()
+        wait(self._in_flight.values())
         count = len(self._in_flight)
         self._in_flight.clear()
-        self._sampled.clear()
         return count
 
     def evaluate(self, step: int, reward: float) -> None:
@@ -159,14 +178,18 @@ class RolloutStream:
     def _sampling(self, step: int) -> Sampling:
         return sampling_of(self.config, seed=(self.seed * 1_000_003 + step) % 2**31)
 
-    def _gather(self, parts: list[Part], before: Event | None, all_sampled: Event) -> Gathered:
+    def _gather(self, parts: list[Part], push: Push | None, before: Event | None, all_sampled: Event) -> Gathered:
         """Wait for the parts chunk by chunk, and have each chunk scored while sampling goes on.
 
-        Not until the batch `before` is sampled: behind that, a worker's silence means nothing.
+        Not until the batch `before` is sampled and then the `push` acknowledged: a worker's silence means nothing
+        behind what it was asked before.
         """
         try:
             if before is not None:
                 before.wait()
+            if push is not None:
+                self.pool.verify(push)
+            acknowledged = time.perf_counter()
             futures = self._sampled_parts(parts)
         finally:
             all_sampled.set()
@@ -176,7 +199,7 @@ class RolloutStream:
         rollouts = [rollout for part in parts for rollout in part.rollouts()]
         scores = [score for part, own in zip(parts, futures, strict=True) for score in self._scores(part, own)]
         rewards, metrics = self.scorer.reward(rollouts, scores)
-        return Gathered(rollouts, rewards, metrics, sampled)
+        return Gathered(rollouts, rewards, metrics, acknowledged, sampled)
 
     def _sampled_parts(self, parts: list[Part]) -> list[list[Any]]:
         """Wait until the parts are complete; the futures of their scores, one for each chunk of each part."""

@@ -37,7 +37,9 @@ class RolloutScorer:
     def reward(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> tuple[np.ndarray, dict[str, float]]:
         """[B] float32 rewards, and batch means: `reward`, `reward_raw` (without shaping), `reward/<member>`,
         `disagreement`, `shaping/<term>`, `share_finished`, and `toxicity` by a linear judge."""
-        responses = [r.response_ids[~np.isin(r.response_ids, self._end_ids)] for r in rollouts]
+        ids = [r.response_ids for r in rollouts]
+        kept = np.split(~np.isin(np.concatenate(ids), self._end_ids), np.cumsum([len(row) for row in ids])[:-1])
+        responses = [row[row_kept] for row, row_kept in zip(ids, kept, strict=True)]
         raw = np.array([s.reward for s in scores], dtype=np.float32)
         terms = shape(responses, [r.finish_reason for r in rollouts], self._shaping)
         rewards = raw + sum(terms.values())

@@ -34,7 +34,7 @@ class Batch:
     rollouts: list[Rollout]
     rewards: np.ndarray
     staleness: int = 0
-    metrics: dict[str, float] = field(default_factory=lambda: {"reward": 0.0, "time_rollout_s": 0.0})
+    metrics: dict[str, float] = field(default_factory=lambda: {"reward": 0.0, "time_acknowledge_s": 0.0})
 
 
 class OwnPolicyStream:
@@ -64,9 +64,6 @@ class OwnPolicyStream:
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
         self.published.append(make_adapter(len(self.published)))
         return len(self.published) - 1
-
-    def settle(self) -> None:
-        pass
 
     def discard(self) -> int:
         self.discarded += 1

@@ -192,13 +192,25 @@ def test_a_batch_ahead_is_sampled_and_scored_while_the_learner_learns(
 ) -> None:
     publish(stale_stream, policy)
     stale_stream.next_batch(0, last_step=3)
-    stale_stream.settle()
-    assert stale_stream._sampled[1].is_set()
     ahead = stale_stream._in_flight[1]
     assert ahead.result(timeout=60).rewards.shape == (10,)
     waited = stale_stream.next_batch(1, last_step=3).metrics
-    assert waited["time_rollout_s"] == 0
+    assert waited["time_acknowledge_s"] == waited["time_rollout_s"] == 0
     assert waited["time_reward_s"] < 0.1
+
+
+def test_nobody_waits_for_the_slowest_worker_before_a_push(stale_stream: RolloutStream, policy: LightPolicy) -> None:
+    quick, slow = stale_stream.pool._workers
+    ray.get(slow.__ray_call__.remote(take, 1.5))
+    first = publish(stale_stream, policy)
+    stale_stream.next_batch(0, last_step=2)
+    assert publish(stale_stream, policy, 0.01) == first + 1
+    stale_stream.start(1, last_step=2)
+    assert ray.get(quick.version.remote()) == first + 1  # behind its parts of the batches 1, before the push, and 2
+    assert not stale_stream._in_flight[1].done()
+    batches = [stale_stream.next_batch(step, last_step=2) for step in (1, 2)]
+    ray.get(slow.__ray_call__.remote(take, 0.2))
+    assert [{r.adapter_version for r in batch.rollouts} for batch in batches] == [{first}, {first + 1}]
 
 
 def test_a_worker_busy_with_the_batches_before_is_not_taken_for_hung(workers: list[Any], policy: LightPolicy) -> None:
@@ -249,6 +261,7 @@ def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy:
     assert ray.get(stream.pool._workers[0].process_id.remote()) != victim
     os.kill(ray.get(stream.pool._workers[1].process_id.remote()), signal.SIGKILL)
     assert publish(stream, policy, 0.01) == version + 1
+    stream.verify()
     assert [ray.get(w.version.remote()) for w in stream.pool._workers] == [version + 1] * 2
 
 
@@ -327,20 +340,23 @@ def test_a_worker_that_serves_something_else_stops_the_run(stream: RolloutStream
     publish(stream, policy)
     canary = policy.canary()
     shifted = Canary(canary.prefixes, canary.logprobs + 0.01)
+    stream.publish(policy.adapter, shifted)
     with pytest.raises(SyncError, match=r"answers the canary 0\.01"):
-        stream.publish(policy.adapter, shifted)
+        stream.next_batch(0, last_step=9)
 
     def damaged(version: int) -> Adapter:
         adapter = policy.adapter(version)
         return Adapter(version, "0" * 64, adapter.peft_config, adapter.tensors)
 
     stream.connect()
+    stream.publish(damaged, canary)
     with pytest.raises(SyncError, match="digest"):
-        stream.publish(damaged, canary)
+        stream.verify()
     nowhere = Canary(canary.prefixes, np.full_like(canary.logprobs, np.nan))
     stream.connect()
+    stream.publish(policy.adapter, nowhere)
     with pytest.raises(SyncError, match=r"(nan|inf) nats"):
-        stream.publish(policy.adapter, nowhere)
+        stream.verify()
 
 
 def test_a_rollout_of_an_unacknowledged_version_is_not_trained_on(stream: RolloutStream, policy: LightPolicy) -> None:
