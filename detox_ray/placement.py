@@ -1,12 +1,13 @@
 """What the workers of each role take from Ray's nodes, and whether there is that much."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from rich import box
 from rich.table import Table
-from scipy.optimize import LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config import Config, RolloutConfig
@@ -94,7 +95,8 @@ def check_placements(needed: Sequence[Placement], capacity: Capacity) -> None:
 def have_room_together(needed: Sequence[Placement], nodes: Sequence[Resources]) -> bool:
     """Whether each worker can be given a node so that no node is full; yes, where that is not found out in time.
 
-    An integer program over how many workers of role p node n takes. Fractions of GPUs count as if they could be split.
+    An integer program over how many workers of role p node n takes. A role's fractions of GPUs are of one GPU each; of
+    several roles together they count as if they could be split.
     """
     resources = list(total_needed(needed))
     if not resources:
@@ -105,6 +107,7 @@ def have_room_together(needed: Sequence[Placement], nodes: Sequence[Resources]) 
     found = milp(
         np.zeros(len(needed) * len(nodes)),
         integrality=np.ones(len(needed) * len(nodes)),
+        bounds=Bounds(0, [_on_gpus(placement.each, node) for placement in needed for node in nodes]),
         constraints=[
             LinearConstraint(np.kron(np.eye(len(needed)), np.ones(len(nodes))), counts, counts),
             LinearConstraint(np.kron(need, np.eye(len(nodes))), ub=room.ravel() + ROUNDING),
@@ -163,6 +166,12 @@ def _classifier_placement(classifier: ClassifierConfig, index: int) -> Placement
 def _each(config: RolloutConfig | LearnerConfig | ClassifierConfig) -> Resources:
     asked = {"CPU": config.num_cpus, "GPU": config.num_gpus, **config.resources}
     return {resource: amount for resource, amount in asked.items() if amount > 0}
+
+
+def _on_gpus(each: Resources, node: Resources) -> float:
+    """How many such workers the node's GPUs take."""
+    share = each.get("GPU", 0)
+    return node.get("GPU", 0) * math.floor(1 / share + ROUNDING) if 0 < share < 1 else np.inf
 
 
 def _has(node: Resources, each: Resources) -> bool:

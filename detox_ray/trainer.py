@@ -26,6 +26,7 @@ from detox_ray.hung_actor import kill_when_hung
 from detox_ray.learner.checkpoint_folder import remove_wrong_list
 from detox_ray.learner_config import LearnerConfig
 from detox_ray.placement import learner_placement, waiting_line
+from detox_ray.reservation import is_of_learners, own_groups
 from detox_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -68,19 +69,24 @@ def run_learners(
 
 @contextmanager
 def waiting_in_words(config: LearnerConfig, say: Callable[[str], None], poll_s: float = ROOM_POLL_S) -> Iterator[None]:
-    """While the block runs, say when learners wait for room on some node: Ray Train does so without end or word."""
+    """While the block runs, say when learners wait for room on some node: Ray Train does so without end or word.
+
+    And when rollout workers do, which have lost a node: until they have room, Ray places no other group on a cluster.
+    """
     ended = threading.Event()
 
     def watch() -> None:
         polls = 0  # in a row at which they waited
         while not ended.wait(poll_s):
             try:
-                waiting = any(group["state"] in WAITING for group in _own_placement_groups())
+                waiting = [group for group in own_groups() if group["state"] in WAITING]
             except Exception:  # Ray is lost, which is for the learners' own errors to say
                 return
             polls = polls + 1 if waiting else 0
-            if polls == 2:
+            if polls == 2 and all(map(is_of_learners, waiting)):
                 say(waiting_line(learner_placement(config)))
+            elif polls == 2:
+                say("rollout workers have lost their node and wait for room on another; add one, or end what holds it")
 
     threading.Thread(target=watch, daemon=True).start()
     try:
@@ -171,17 +177,9 @@ def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> _Trainer:
     )
 
 
-def _own_placement_groups() -> list[dict[str, Any]]:
-    """Those of this job's learners."""
-    job = ray.get_runtime_context().get_job_id()
-    # The last bytes of a group's id are those of the job that made it; ours have a name, Ray Train's have none.
-    own = [g for g in ray.util.placement_group_table().values() if g["placement_group_id"].endswith(job)]
-    return [group for group in own if group["state"] != "REMOVED" and not group["name"]]
-
-
 def _remove_placement_groups() -> None:
     """Take back what a lost controller had reserved, and end its learners."""
-    for group in _own_placement_groups():
+    for group in filter(is_of_learners, own_groups()):
         ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group["placement_group_id"]))))
 
 

@@ -109,7 +109,7 @@ def panel(view: RunView, now: float) -> Group:
         rows.add_row("time", _time_split(recent))
         rows.add_row("speed", f"{sum(line['tokens_per_s'] for line in recent) / len(recent):.0f} tokens/s")
         if "staleness" in last:
-            rows.add_row("staleness", f"{last['staleness']} adapter versions; {last['adapter_version']} is served")
+            rows.add_row("staleness", f"{last['staleness']} adapter versions; {last['adapter_version']} was sent last")
         if "worker_restarts" in last:
             rows.add_row("workers", _health(int(last["worker_restarts"])))
     if view.rejected:

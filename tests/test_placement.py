@@ -7,7 +7,15 @@ import pytest
 from detox_ray.config import Config
 from detox_ray.config_file import parse_config
 from detox_ray.errors import ConfigError
-from detox_ray.placement import Capacity, check_placements, placement_table, placements, shortage, total_needed
+from detox_ray.placement import (
+    Capacity,
+    Placement,
+    check_placements,
+    placement_table,
+    placements,
+    shortage,
+    total_needed,
+)
 
 pytestmark = pytest.mark.unit
 WORDS = {"name": "words", "kind": "linear", "model": "x:y"}
@@ -47,6 +55,18 @@ def test_all_workers_must_fit_on_the_nodes_at_once() -> None:
         ConfigError, match=r"no placement has room for 2 x rollout worker with 3 CPUs; 1 x learner with 2 CPUs; lower"
     ):
         check_placements(needed, Capacity([{"CPU": 4.0}, {"CPU": 4.0}]))
+
+
+def test_a_fraction_of_a_gpu_is_of_one_gpu() -> None:
+    def needed(workers: int, share: float) -> list[Placement]:
+        rollout = {"workers": workers, "num_cpus": 0, "num_gpus": share}
+        return placements(configured({"num_cpus": 0}, rollout=rollout, train={"num_cpus": 0, "num_gpus": 0.2}))
+
+    check_placements(needed(2, 0.6), Capacity([{"GPU": 2.0}]))
+    check_placements(needed(4, 0.4), Capacity([{"GPU": 2.0}]))
+    check_placements(needed(9, 0.2), Capacity([{"GPU": 2.0}]))
+    with pytest.raises(ConfigError, match=r"no placement has room for 3 x rollout worker with 0\.6 GPUs"):
+        check_placements(needed(3, 0.6), Capacity([{"GPU": 2.0}]))
 
 
 def test_what_takes_nothing_fits_everywhere() -> None:

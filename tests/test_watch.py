@@ -54,7 +54,7 @@ def test_a_run_that_stopped(run: Path) -> None:
     assert "3/10  5.0 s each" in text
     assert "▁▅█  +0.200" in text
     assert "rollout 25%  reward 12%  learn 50%  push 12%" in text
-    assert "1 adapter versions; 3 is served" in text
+    assert "1 adapter versions; 3 was sent last" in text
     assert "lost and brought back 1 time" in text
     assert "▁  0.250 mean toxicity of held-out" in text
     assert "1; step 3: KL is 99" in text

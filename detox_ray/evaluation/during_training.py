@@ -32,14 +32,14 @@ class HeldoutEvaluation:
     _under_way: list[Any] = field(default_factory=list)
 
     def start(self, pool: WorkerPool, step: int, reward: float) -> None:
-        """Begin with the adapter the workers serve now; the next batch waits for the answers, nobody for the judge.
+        """Begin with the adapter sent to the workers last; the next batch waits for the answers, nobody for the judge.
 
         `reward` is the training batch's, kept beside the judge's numbers.
         """
         parts = pool.references(self.prompts, 1, self.sampling)
         if self._actor is None:
             self._actor = ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote(self.judge)
-        self._under_way.append(self._actor.judged.remote(step, reward, *parts))
+        self._under_way.append(self._actor.judged.remote(step, reward, pool.version, *parts))
 
     def finished(self, wait: bool = False) -> list[dict[str, float]]:
         """What has been judged since the last call, in the order of the steps; with `wait`, all of it.
@@ -71,16 +71,16 @@ class Judge:
     def __init__(self, judge: ClassifierConfig) -> None:
         self._classifier = load_classifier(judge)
 
-    def judged(self, step: int, reward: float, *parts: list[Rollout]) -> dict[str, float]:
+    def judged(self, step: int, reward: float, version: int, *parts: list[Rollout]) -> dict[str, float]:
         """The line of `evaluations.jsonl`, measured as in evaluation.json: the end token is no part of the length.
 
         Raises:
             RewardError: as `checked_toxicity`.
-            SyncError: a worker had died, and answered as the untrained policy.
+            SyncError: a worker answered with another adapter than `version`: it had died, or was not reached.
         """
         rollouts = [rollout for part in parts for rollout in part]
-        if min(rollout.adapter_version for rollout in rollouts) < 0:
-            raise SyncError("responses of a worker without an adapter")
+        if {rollout.adapter_version for rollout in rollouts} != {version}:
+            raise SyncError(f"responses of a worker without adapter version {version}")
         toxicity = checked_toxicity(self._classifier, [r.text for r in rollouts])
         return {
             "step": step,

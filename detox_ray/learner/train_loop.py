@@ -25,12 +25,13 @@ from detox_ray.metrics_file import (
     REJECTED_FILE,
     append_metrics,
     cut_metrics,
+    read_metrics,
 )
 from detox_ray.policy.adapter import Adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.records import Canary, Rollout
 from detox_ray.run_folder import log_to
-from detox_ray.tracking.tracker import JUDGE, open_tracker
+from detox_ray.tracking.tracker import JUDGE, Tracker, open_tracker
 
 
 class ScoredBatch(Protocol):
@@ -102,19 +103,19 @@ def _train(task: LearnerTask) -> None:
         cut_metrics(run_dir / METRICS_FILE, first_step)
         cut_metrics(run_dir / EVALUATIONS_FILE, first_step)
         cut_metrics(run_dir / REJECTED_FILE, first_step)
+        evaluate_again(task, first_step)
 
     for step in range(first_step, config.train.total_steps):
         line = healthy_step(task, ppo, recovery, step)
+        is_kept_step = step == last_step or (step + 1) % config.train.checkpoint_every == 0
         if tracker is not None:
-            if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
+            append_evaluations(task, tracker, wait=is_kept_step)
+            if _is_evaluated(config, step):
                 stream.evaluate(step, line["reward"])
             stream.start(step + 1, last_step)  # sampled while this step is written down
             append_metrics(run_dir / METRICS_FILE, line)
             tracker.log(line)
-            for evaluation in stream.evaluations(wait=step == last_step):
-                append_metrics(run_dir / EVALUATIONS_FILE, evaluation)
-                tracker.log(evaluation, JUDGE)
-        if step == last_step or (step + 1) % config.train.checkpoint_every == 0:
+        if is_kept_step:
             if world()[0] == 0:
                 keep_adapter(policy.adapter(), run_dir, step + 1)
             save_checkpoint(recovery, step, line)
@@ -122,7 +123,27 @@ def _train(task: LearnerTask) -> None:
     if world()[0] == 0 and not is_kept(policy.adapter(), run_dir):
         keep_adapter(policy.adapter(), run_dir, last_step + 1)
     if tracker is not None:
+        append_evaluations(task, tracker, wait=True)
         tracker.close()
+
+
+def append_evaluations(task: LearnerTask, tracker: Tracker, wait: bool) -> None:
+    """Write down the evaluations that are finished; with `wait`, as before a checkpoint, all that were begun."""
+    for evaluation in task.stream.evaluations(wait):
+        append_metrics(Path(task.run_dir) / EVALUATIONS_FILE, evaluation)
+        tracker.log(evaluation, JUDGE)
+
+
+def evaluate_again(task: LearnerTask, first_step: int) -> None:
+    """Begin the evaluation of the step before the first one, if it was under way when the run was killed."""
+    steps, evaluated = (read_metrics(Path(task.run_dir) / file) for file in (METRICS_FILE, EVALUATIONS_FILE))
+    step = first_step - 1
+    if steps and _is_evaluated(task.config, step) and step not in [line["step"] for line in evaluated]:
+        task.stream.evaluate(step, steps[-1]["reward"])
+
+
+def _is_evaluated(config: Config, step: int) -> bool:
+    return config.evaluation.every > 0 and (step + 1) % config.evaluation.every == 0
 
 
 def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> dict[str, float]:

@@ -81,7 +81,7 @@ def seed_of_call(seed: int, call: int) -> int:
 
 
 class WorkerPool:
-    """N worker actors that serve one adapter version. Picklable; its copies share the actors.
+    """N worker actors that are sent one adapter after the other. Picklable; its copies share the actors.
 
     Threads may wait for parts while another pushes.
     """
@@ -115,16 +115,20 @@ class WorkerPool:
     def connect(self) -> None:
         """Wait until every engine has started, and learn which version they serve; the next push continues from there.
 
+        A learner that was killed may have sent adapters that no worker has taken yet, one for each batch under way:
+        their versions are left out, so that what comes late is older than what is served, and refused.
+
         Raises:
             ModelError: an engine does not start.
         """
-        self.version = max(self._served_version(index) for index in range(self.size))
+        served = max(self._served_version(index) for index in range(self.size))
+        self.version = served + self._config.max_staleness + 1
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
         """Push `make_adapter(next version)` to every worker and wait for all; returns the version.
 
         Raises:
-            SyncError: as `verify`.
+            SyncError, ModelError: as `verify`.
         """
         push = self.push(make_adapter, canary)
         self.verify(push)
@@ -152,6 +156,7 @@ class WorkerPool:
 
         Raises:
             SyncError: a worker acknowledges something else, or answers the canary unlike the learner.
+            ModelError: a worker that died cannot be brought back.
         """
         for index, call in enumerate(push.calls):
             try:

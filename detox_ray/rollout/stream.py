@@ -115,7 +115,7 @@ class RolloutStream:
         """Wait until the workers have acknowledged the last adapter, where no batch after it sees to that.
 
         Raises:
-            SyncError: as `WorkerPool.verify`.
+            SyncError, ModelError: as `WorkerPool.verify`.
         """
         if self._push is not None:
             self.pool.verify(self._push)
@@ -162,7 +162,7 @@ class RolloutStream:
         return count
 
     def evaluate(self, step: int, reward: float) -> None:
-        """Begin an evaluation of the adapter that is served now."""
+        """Begin an evaluation of the adapter that was sent last."""
         if self.evaluation is not None:
             self.evaluation.start(self.pool, step, reward)
 
@@ -222,7 +222,7 @@ class RolloutStream:
     def _checked_staleness(self, rollouts: Sequence[Rollout]) -> int:
         versions = {r.adapter_version for r in rollouts}
         if min(versions) < 0 or max(versions) > self.pool.version:
-            raise SyncError(f"rollouts of adapter versions {sorted(versions)}: one of them was never acknowledged")
+            raise SyncError(f"rollouts of adapter versions {sorted(versions)}: one of them was never sent")
         staleness = self.pool.version - min(versions)
         if staleness > self.config.max_staleness:
             raise SyncError(f"a rollout is {staleness} adapter versions old; max_staleness={self.config.max_staleness}")

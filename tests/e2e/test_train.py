@@ -142,11 +142,7 @@ def test_every_line_of_metrics_has_what_a_user_looks_for(killed: Continued) -> N
 
 def test_the_judge_looked_on_while_it_trained(killed: Continued) -> None:
     lines = [json.loads(line) for line in (killed.folder / "evaluations.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines]
-    # The one under way when the driver was killed may be missing.
-    assert set(steps) <= {1, 3, 5}
-    assert 5 in steps
-    assert len(steps) == len(set(steps))
+    assert [line["step"] for line in lines] == [1, 3, 5]
     for line in lines:
         assert 0 <= line["mean_toxicity"] <= 1
         assert line["responses"] == 8

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from detox_ray.config import RolloutConfig
 from detox_ray.policy.adapter import Adapter, content_digest
@@ -96,6 +96,12 @@ def take(actor: LightWorker, seconds: float) -> None:
     """Have a worker take so long over a call from now on; for `__ray_call__`."""
     global generate_s
     generate_s = seconds
+
+
+def own_group(_: LightWorker) -> str:
+    """The id of the placement group that a worker is in; for `__ray_call__`."""
+    group = get_current_placement_group()
+    return group.id.hex() if group else ""
 
 
 def engine_spec(model: str) -> EngineSpec:

@@ -7,17 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from light_engine import engine_spec, start_light_workers
-from ray.util import get_current_placement_group
+import torch
+from hung_process import stop_when_seen
+from light_engine import engine_spec, own_group, start_light_workers
 from ray.util.placement_group import placement_group_table
 
-from detox_ray.config import RolloutConfig
+from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
 from detox_ray.errors import ModelError
 from detox_ray.placement import rollout_placement
-from detox_ray.records import Canary
+from detox_ray.policy.policy import Policy
+from detox_ray.records import Canary, Prompt, Sampling
 from detox_ray.reservation import reserved
 from detox_ray.rollout.pool import WorkerPool, is_stale, seed_of_call
-from detox_ray.rollout.worker import RolloutWorker, start_workers, stop_workers
+from detox_ray.rollout.worker import start_workers, stop_workers
 
 
 @pytest.mark.e2e
@@ -47,9 +49,36 @@ def test_workers_are_where_room_was_reserved_for_them_and_come_back_there(local_
     assert groups == [room.id.hex()] * 2
 
 
-def own_group(_: RolloutWorker) -> str:
-    group = get_current_placement_group()
-    return group.id.hex() if group else ""
+@pytest.mark.e2e
+def test_a_policy_is_published_to_a_real_engine(tiny_model: str, local_ray: Path) -> None:
+    learned = Policy(PolicyConfig(model=tiny_model, quantization="none", lora=LoraConfig(rank=4)), torch.device("cpu"))
+    config = RolloutConfig(num_cpus=0.5)
+    workers = start_workers(engine_spec(tiny_model), config)
+    pool = WorkerPool(workers, config, 1e-3)
+    try:
+        pool.connect()
+        for _ in range(2):
+            with torch.no_grad():
+                for name, parameter in learned.trainable().items():
+                    if "lora_B" in name:
+                        parameter.add_(0.01)
+            version = pool.publish(learned.adapter, learned.canary(150))
+            rollouts = pool.sample([Prompt("0", "", (0, 10))], 2, Sampling(6, seed=3))
+            assert [r.adapter_version for r in rollouts] == [version] * 2
+    finally:
+        stop_workers(workers)
+
+
+@pytest.mark.e2e
+def test_a_worker_that_hangs_while_it_starts_is_started_anew(local_ray: Path) -> None:
+    config = RolloutConfig(num_cpus=0.5, start_timeout_s=10)
+    workers = start_light_workers(config)
+    stopped = stop_when_seen("ray::LightWorker")
+    pool = WorkerPool(workers, config, 1e-3)
+    pool.connect()
+    assert ray.get(workers[0].process_id.remote()) != stopped.result()[0].pid
+    assert ray.get(workers[0].version.remote()) == -1
+    stop_workers(workers)
 
 
 @pytest.mark.unit
