@@ -102,12 +102,8 @@ def _run(work: bytes, config: LearnerConfig, run: RunFolder) -> None:
         trainer = _trainer(work, config, run)
         try:
             trainer.fit()
-        except KeyboardInterrupt:
-            trainer.stop()
-            raise
         except RayActorError as error:
             logger.warning("Ray Train's controller is lost (%s); starting another", type(error).__name__)
-            _remove_placement_groups()
         except TrainingFailedError as error:
             logger.error("the learner failed", exc_info=error)
             run.raise_failure()
@@ -134,17 +130,18 @@ class _Trainer(TorchTrainer):
         self._controller: Any = None
 
     def fit(self) -> Any:
-        """Train once, to the end; `RayActorError` where the controller died or was killed."""
+        """Train once, to the end; `RayActorError` where the controller died or was killed.
+
+        Nothing of it is left then, on a Ray that may stay. The controller is killed in any case: a process that owned
+        Ray's objects may wait for ever in Ray's own exit handlers, when its raylet, which would end it, is gone.
+        """
         try:
             return super().fit()
         finally:
             self._ended.set()
-
-    def stop(self) -> None:
-        """End the controller and its learners, on a Ray that may stay."""
-        if self._controller is not None:
-            ray.kill(self._controller)
-            _remove_placement_groups()
+            if self._controller is not None:
+                ray.kill(self._controller)
+                _remove_placement_groups()
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         without = (PlacementGroupCleanerCallback, DatasetsCallback)
