@@ -186,7 +186,7 @@ class RolloutConfig(Section):
         0,
         ge=0,
         le=8,
-        description="0: strictly on-policy; n: a batch may be n adapters old; 1 keeps everyone busy, more is no faster",
+        description="0: strictly on-policy; n: a batch may be n adapters old; 1 keeps all busy if batches take alike",
     )
     max_logprob_gap: float = Field(
         0.05, gt=0, description="stop when engine and learner differ by more than this, mean |log p|, in nats a token"
