@@ -25,6 +25,12 @@ class LearnerConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _takes_something(self) -> "LearnerConfig":
+        if not (self.num_cpus or self.num_gpus or any(self.resources.values())):
+            raise ValueError("train.num_cpus=0: Ray Train places no learner that takes nothing; set 0.1 or more")
+        return self
+
+    @model_validator(mode="after")
     def _has_others_to_share_with(self) -> "LearnerConfig":
         if self.shard_base and self.workers == 1:
             raise ValueError("train.shard_base=true spreads the base over learners; set train.workers=2 or more")

@@ -1,6 +1,6 @@
 """The run, told in the order it happens: a language model goes in, a less toxic one comes out, with the evidence."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,9 +13,10 @@ from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.learner.train_loop import LearnerTask, train_loop
 from detox_ray.measurement import answer, judge_and_report, rollout_workers
 from detox_ray.meter_config import meter_of_run
-from detox_ray.placement import check_placements, placements
+from detox_ray.placement import check_placements, learner_placement, placements, rollout_placement
 from detox_ray.plan import Plan, prepare
 from detox_ray.policy.adapter import is_whole
+from detox_ray.reservation import Room, reserved
 from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rewards.ensemble import with_calibrations
 from detox_ray.rollout.pool import WorkerPool
@@ -64,11 +65,16 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
         terminal.console.print(evaluation_table(finished))
         return finished
     needed = placements(plan.config)
+    placed = [learner_placement(plan.config.train), rollout_placement(plan.config.rollout)]
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
         wait_in_words(needed, terminal)
         plan = plan.with_dequantized_base()
         terminal.stage("starting rollout workers and reward classifiers")
-        with rollout_workers(plan.engine, plan.config.rollout, terminal) as workers, reward_app(plan):
+        with (
+            reserved(placed, terminal.stage) as room,
+            rollout_workers(plan.engine, plan.config.rollout, room) as workers,
+            reward_app(plan),
+        ):
             pool = worker_pool(plan, workers)
             meter = meter_of_run(plan.run, plan.config)
             *before, after = meter.systems
@@ -77,7 +83,7 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
             stream = rollout_stream(plan, pool, calibrated_reward(pool, plan))
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
-                fit(plan, stream, terminal.stage)
+                fit(plan, stream, room)
             keep_worker_tasks(plan.run, plan.app_name)
             terminal.stage("verifying the saved adapter on the workers")
             pool.connect()
@@ -87,8 +93,8 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
     return evaluation
 
 
-def fit(plan: Plan, stream: RolloutStream, say: Callable[[str], None]) -> None:
-    """Run the learner under Ray Train until the last step; `say` is called with a line while it has no room.
+def fit(plan: Plan, stream: RolloutStream, room: Room) -> None:
+    """Run the learner under Ray Train until the last step.
 
     Raises:
         RewardError, SyncError, ModelError: the learner met an error that a new attempt would meet again.
@@ -97,7 +103,7 @@ def fit(plan: Plan, stream: RolloutStream, say: Callable[[str], None]) -> None:
     task = LearnerTask(
         plan.config, str(plan.run.path), stream, plan.engine.end_ids, plan.engine.pad_id, plan.canary_length
     )
-    run_learners(train_loop, task, plan.config.train, plan.run, say)
+    run_learners(train_loop, task, plan.config.train, plan.run, room)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from detox_ray.policy.adapter import load_adapter
 from detox_ray.policy.load import load_tokenizer
 from detox_ray.policy.policy import CANARY_LENGTH, canary_of
 from detox_ray.records import Prompt
-from detox_ray.reservation import reserved
+from detox_ray.reservation import Room, reserved
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import WorkerPool
@@ -101,14 +101,13 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
 
 
 @contextmanager
-def rollout_workers(engine: EngineSpec, rollout: RolloutConfig, terminal: Terminal) -> Iterator[list[Any]]:
-    """The rollout actors, once there is room for all; their engines go on starting while other things start."""
-    with reserved(rollout_placement(rollout), terminal.stage) as room:
-        workers = start_workers(engine, rollout, room)
-        try:
-            yield workers
-        finally:
-            stop_workers(workers)
+def rollout_workers(engine: EngineSpec, rollout: RolloutConfig, room: Room) -> Iterator[list[Any]]:
+    """The rollout actors, whose engines go on starting while other things start."""
+    workers = start_workers(engine, rollout, room.places(rollout_placement(rollout)))
+    try:
+        yield workers
+    finally:
+        stop_workers(workers)
 
 
 def answer(
@@ -279,7 +278,10 @@ def _answers_on(base: Base, config: MeterConfig, folder: RunFolder, terminal: Te
     policy = base.systems[0].policy
     assert policy is not None
     engine = with_dequantized_base(base.engine, policy, config.rollout, folder, _device(config.rollout))
-    with rollout_workers(engine, config.rollout, terminal) as workers:
+    with (
+        reserved([rollout_placement(config.rollout)], terminal.stage) as room,
+        rollout_workers(engine, config.rollout, room) as workers,
+    ):
         pool = WorkerPool(workers, config.rollout, canary_tolerance(policy, config.rollout, engine))
         pool.connect()
         return [answer(pool, engine, s, base.prompts, config, folder, terminal) for s in base.systems]

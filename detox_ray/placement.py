@@ -127,11 +127,13 @@ def shortage(needed: Sequence[Placement], free: Resources) -> str | None:
     return f"waiting until this cluster has {', '.join(missing)}" if missing else None
 
 
-def waiting_line(placement: Placement) -> str:
-    """What to say while no nodes have room for the workers of a role."""
+def waiting_line(roles: Sequence[Placement]) -> str:
+    """What to say while no nodes have room for all workers of these roles."""
+    listed = " and ".join(f"{p.count} x {p.role} with {_amounts(p.each)}" for p in roles if p.each)
+    sections = " and ".join(p.section for p in roles if p.each)
     return (
-        f"the {placement.role}s wait for room: no nodes have {placement.count} x {_amounts(placement.each)} free now; "
-        f"end what holds them, add a node, or start again with lower numbers in {placement.section}"
+        f"the run waits for room: no nodes have it now for {listed}; end what holds it, add a node, or start again "
+        f"with lower numbers in {sections}"
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from detox_ray.policy.adapter import is_whole
 from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
+from detox_ray.reservation import Room, reserved
 from detox_ray.run_copy import kept
 from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.sft_config import SFTConfig
@@ -80,8 +80,11 @@ def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
         wait_in_words(needed, terminal)
         terminal.stage(f"training for at most {plan.total_steps} steps")
-        with terminal.follow_steps(plan.run.metrics_file, plan.total_steps, tuning_line):
-            fit(plan, terminal.stage)
+        with (
+            reserved(needed, terminal.stage) as room,
+            terminal.follow_steps(plan.run.metrics_file, plan.total_steps, tuning_line),
+        ):
+            fit(plan, room)
     result = json.loads(result_file.read_text(encoding="utf-8"))
     terminal.stage(
         f"dev loss {result['dev_loss_before']:.3f} before, {result['dev_loss']:.3f} after {result['best_steps']} steps"
@@ -135,9 +138,9 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     return TuningPlan(config, run, examples, int(tokenizer.pad_token_id))
 
 
-def fit(plan: TuningPlan, say: Callable[[str], None]) -> None:
+def fit(plan: TuningPlan, room: Room) -> None:
     """Run the learners until the last step or until the dev loss has stopped falling; errors as `run_learners`."""
     task = TuningTask(
         plan.config, str(plan.run.path), plan.examples.train, plan.examples.dev, plan.pad_id, plan.total_steps
     )
-    run_learners(sft_loop, task, plan.config.train, plan.run, say)
+    run_learners(sft_loop, task, plan.config.train, plan.run, room)

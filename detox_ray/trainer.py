@@ -3,19 +3,20 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray import PlacementGroupID, cloudpickle
+from ray import cloudpickle
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
-from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.worker_group import DefaultPlacementGroupHandle, WorkerGroup
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -25,8 +26,8 @@ from detox_ray.errors import DetoxError
 from detox_ray.hung_actor import kill_when_hung
 from detox_ray.learner.checkpoint_folder import remove_wrong_list
 from detox_ray.learner_config import LearnerConfig
-from detox_ray.placement import learner_placement, waiting_line
-from detox_ray.reservation import is_of_learners, own_groups
+from detox_ray.placement import learner_placement
+from detox_ray.reservation import Room
 from detox_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ T = TypeVar("T")
 
 # How long Ray Train's controller may be busy starting the learners.
 WORKER_GROUP_START_S = 60.0
-ROOM_POLL_S = 15.0
-WAITING = ("PENDING", "RESCHEDULING")  # of a placement group that has no nodes
 # How long learners wait for the first one, which may be waiting for a rollout worker to start anew; that one of them is
 # gone or hangs is for Ray Train's health check to see.
 COLLECTIVE_S = 24 * 3600
@@ -52,10 +51,8 @@ LEARNER_ENVIRONMENT = {
 }
 
 
-def run_learners(
-    loop: Callable[[T], None], task: T, config: LearnerConfig, run: RunFolder, say: Callable[[str], None]
-) -> None:
-    """Run `loop(task)` on every learner until it returns; `say` is called with a line while Ray has no room for them.
+def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run: RunFolder, room: Room) -> None:
+    """Run `loop(task)` on every learner until it returns; learners are the first role in the `room`.
 
     Raises:
         DetoxError: of the learner's own kind, where it met one that a new attempt would meet again; or learner or
@@ -63,43 +60,9 @@ def run_learners(
     """
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.timeout_s)  # read when the learners start
     work = cloudpickle.dumps(partial(loop, task))
-    with waiting_in_words(config, say):
-        _run(work, config, run)
-
-
-@contextmanager
-def waiting_in_words(config: LearnerConfig, say: Callable[[str], None], poll_s: float = ROOM_POLL_S) -> Iterator[None]:
-    """While the block runs, say when learners wait for room on some node: Ray Train does so without end or word.
-
-    And when rollout workers do, which have lost a node: until they have room, Ray places no other group on a cluster.
-    """
-    ended = threading.Event()
-
-    def watch() -> None:
-        polls = 0  # in a row at which they waited
-        while not ended.wait(poll_s):
-            try:
-                waiting = [group for group in own_groups() if group["state"] in WAITING]
-            except Exception:  # Ray is lost, which is for the learners' own errors to say
-                return
-            polls = polls + 1 if waiting else 0
-            if polls == 2 and all(map(is_of_learners, waiting)):
-                say(waiting_line(learner_placement(config)))
-            elif polls == 2:
-                say("rollout workers have lost their node and wait for room on another; add one, or end what holds it")
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
-def _run(work: bytes, config: LearnerConfig, run: RunFolder) -> None:
-    """See `run_learners`."""
     for _ in range(config.max_failures + 1):
         remove_wrong_list(run.checkpoints)
-        trainer = _trainer(work, config, run)
+        trainer = _trainer(work, config, run, room)
         try:
             trainer.fit()
         except RayActorError as error:
@@ -114,17 +77,40 @@ def _run(work: bytes, config: LearnerConfig, run: RunFolder) -> None:
     raise _gave_up("Ray Train's controller", config, run, "its process died")
 
 
+class _Reserved(DefaultPlacementGroupHandle):
+    """A placement group that outlives the learners in it."""
+
+    def shutdown(self) -> None:
+        """Leave it to who reserved it."""
+
+
+class _InRoom(ControllerCallback):
+    """Has the controller start the learners in the first bundles of the run's own placement group.
+
+    Ray Train would make a group for them at every start, and wait for room while the run holds that of its rollout
+    workers: for ever, if another run holds the one and waits for the other.
+    """
+
+    def __init__(self, group: PlacementGroup) -> None:
+        self._group = group
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """In the controller's process, before it starts any learner. Ray Train has no setting for it."""
+        WorkerGroup._create_placement_group = lambda *_: _Reserved(self._group)  # type: ignore[method-assign]
+
+
 class _Trainer(TorchTrainer):
     """Ray's, with a controller that is killed when it does not answer, and without two actors and a signal handler.
 
     The cleaner of placement groups is detached and asks whichever cluster was last started on its machine: with several
-    of them it may remove the groups of a live run, or outlive its own. What it is for is done here. The manager of data
-    sets has nothing to do, as learners are sent none. The handler of SIGINT would stay when training is over, and do
-    nothing there; without it KeyboardInterrupt is raised.
+    of them it may remove the groups of a live run, or outlive its own; the only group here is removed by the run. The
+    manager of data sets has nothing to do, as learners are sent none. The handler of SIGINT would stay when training is
+    over, and do nothing there; without it KeyboardInterrupt is raised.
     """
 
-    def __init__(self, *arguments: Any, timeout_s: float, **settings: Any) -> None:
+    def __init__(self, *arguments: Any, group: PlacementGroup, timeout_s: float, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self._group = group
         self._timeout_s = timeout_s
         self._ended = threading.Event()
         self._controller: Any = None
@@ -132,8 +118,8 @@ class _Trainer(TorchTrainer):
     def fit(self) -> Any:
         """Train once, to the end; `RayActorError` where the controller died or was killed.
 
-        Nothing of it is left then, on a Ray that may stay. The controller is killed in any case: a process that owned
-        Ray's objects may wait for ever in Ray's own exit handlers, when its raylet, which would end it, is gone.
+        The controller is killed in any case, and its learners with it: a process that owned Ray's objects may wait for
+        ever in Ray's own exit handlers, when its raylet, which would end it, is gone.
         """
         try:
             return super().fit()
@@ -141,11 +127,11 @@ class _Trainer(TorchTrainer):
             self._ended.set()
             if self._controller is not None:
                 ray.kill(self._controller)
-                _remove_placement_groups()
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         without = (PlacementGroupCleanerCallback, DatasetsCallback)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
+        kept = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
+        return [*kept, _InRoom(self._group)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
@@ -153,9 +139,12 @@ class _Trainer(TorchTrainer):
         threading.Thread(target=kill_when_hung, args=watched, daemon=True).start()
 
 
-def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> _Trainer:
+def _trainer(work: bytes, config: LearnerConfig, run: RunFolder, room: Room) -> _Trainer:
+    assert room.group is not None
+    assert room.roles[0] == learner_placement(config)  # see `_InRoom`
     return _Trainer(
         _run_packed,
+        group=room.group,
         train_loop_config={"work": work},
         scaling_config=ScalingConfig(
             num_workers=config.workers,
@@ -172,12 +161,6 @@ def _trainer(work: bytes, config: LearnerConfig, run: RunFolder) -> _Trainer:
         ),
         timeout_s=config.timeout_s + WORKER_GROUP_START_S,
     )
-
-
-def _remove_placement_groups() -> None:
-    """Take back what a lost controller had reserved, and end its learners."""
-    for group in filter(is_of_learners, own_groups()):
-        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group["placement_group_id"]))))
 
 
 def _own_failure(error: TrainingFailedError) -> DetoxError | None:

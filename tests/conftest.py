@@ -38,7 +38,7 @@ def local_ray(modules: Path) -> Iterator[Path]:
     import ray
     from ray import serve
 
-    rooms = [Path(__file__).parent / room for room in ("rollout", "serving")]
+    rooms = [Path(__file__).parent / room for room in ("", "rollout", "serving")]
     imported_from = os.pathsep.join(map(str, [*rooms, modules]))
     context = ray.init(
         address="local",

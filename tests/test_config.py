@@ -99,6 +99,7 @@ def test_templates_are_texts(template: str) -> None:
         ({"evaluation": {"prompts": 500}}, r"evaluation\.prompts=500 is above data\.heldout_prompts=200"),
         ({"ppo": {"batch_size": 30, "minibatches": 4}}, r"ppo\.batch_size=30 is not a multiple"),
         ({"ppo": {"estimator": "rloo"}}, r"set rollout\.samples_per_prompt"),
+        ({"train": {"num_cpus": 0}}, r"train\.num_cpus=0: Ray Train places no learner that takes nothing; set 0\.1"),
         ({"rollout": {"in_turns": True}}, r"rollout\.in_turns=true shares one GPU: .* not 0 and 0"),
         (
             {"rollout": {"in_turns": True, "num_gpus": 0.5, "workers": 2}, "train": {"num_gpus": 0.5}},

@@ -1,41 +1,52 @@
-"""What is said while Ray has no room for the learners."""
+"""Where Ray Train's learners are placed."""
 
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from learner_in_room import PlacesTask, note_place
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from detox_ray.learner_config import LearnerConfig
-from detox_ray.trainer import waiting_in_words
+from detox_ray.placement import Placement, learner_placement
+from detox_ray.reservation import reserved
+from detox_ray.run_folder import RunFolder
+from detox_ray.trainer import run_learners
 
 pytestmark = pytest.mark.e2e
 
 
-def test_learners_that_wait_for_room_are_said_to(local_ray: Path) -> None:
-    config = LearnerConfig.model_validate({"workers": 2, "num_cpus": 64, "resources": {"learner_node": 1}})
-    lines: list[str] = []
-    group = placement_group([{"CPU": 64}] * 2)
-    try:
-        with waiting_in_words(config, lines.append, poll_s=0.1):
-            deadline = time.monotonic() + 60
-            while not lines:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            time.sleep(1)
-    finally:
-        remove_placement_group(group)
-    assert len(lines) == 1
-    assert "2 x 64 CPUs, 1 of 'learner_node' free now" in lines[0]
+def test_learners_stay_in_their_runs_room_also_when_another_run_waits_for_it(tmp_path: Path, local_ray: Path) -> None:
+    config = LearnerConfig.model_validate({"workers": 2, "num_cpus": 0.5, "max_failures": 1})
+    engines = Placement("rollout worker", "rollout", 1, {"CPU": 0.25})
+    task = PlacesTask(tmp_path)
+    waiting = None
+    with reserved([learner_placement(config), engines], print) as room:
+        work = (note_place, task, config, RunFolder(tmp_path / "run"), room)
+        learning = threading.Thread(target=run_learners, args=work)
+        learning.start()
+        try:
+            wait_for(tmp_path / "place-1-0")
+            waiting = placement_group([{"CPU": 1}] * 2)  # has room only where the learners are
+            assert not waiting.wait(1)
+            task.die.touch()
+            learning.join(120)
+            assert not learning.is_alive()
+            assert not waiting.wait(0.1)
+        finally:
+            if waiting is not None:
+                remove_placement_group(waiting)
+        places = [file.read_text() for file in sorted(tmp_path.glob("place-*"))]
+    assert room.group is not None
+    assert places == [room.group.id.hex()] * 4  # two learners, two attempts
+    strategies = [*room.places(learner_placement(config)), *room.places(engines)]
+    assert [strategy.placement_group_bundle_index for strategy in strategies] == [0, 1, 2]  # type: ignore[union-attr]
 
 
-def test_learners_that_have_room_are_not_spoken_of(local_ray: Path) -> None:
-    lines: list[str] = []
-    group = placement_group([{"CPU": 1}])
-    try:
-        assert group.wait(60)
-        with waiting_in_words(LearnerConfig.model_validate({}), lines.append, poll_s=0.1):
-            time.sleep(1)
-    finally:
-        remove_placement_group(group)
-    assert lines == []
+def wait_for(file: Path) -> None:
+    """At most two minutes."""
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} does not come"
+        time.sleep(0.1)

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from detox_ray.config import RolloutConfig
@@ -110,10 +109,12 @@ class RolloutWorker:
         self._engine.sleep()
 
 
-def start_workers(spec: EngineSpec, config: RolloutConfig, room: PlacementGroup | None = None) -> list[Any]:
+def start_workers(
+    spec: EngineSpec, config: RolloutConfig, places: Sequence[PlacementGroupSchedulingStrategy | str] | None = None
+) -> list[Any]:
     """Start `config.workers` actors without waiting for their engines; each restarts by itself if its process dies.
 
-    `room`: a placement group with a bundle for each of them.
+    `places`: Ray's scheduling strategy of each; see `Room`.
     """
     environment = {
         "OMP_NUM_THREADS": str(max(1, int(config.num_cpus) // config.tensor_parallel)),
@@ -128,9 +129,9 @@ def start_workers(spec: EngineSpec, config: RolloutConfig, room: PlacementGroup 
             resources=config.resources,
             max_restarts=-1,
             runtime_env={"env_vars": environment},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(room, index) if room else "DEFAULT",
+            scheduling_strategy=place,
         ).remote(spec)
-        for index in range(config.workers)
+        for place in places or ["DEFAULT"] * config.workers
     ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.util.placement_group import PlacementGroup, get_current_placement_group
+from ray.util.placement_group import get_current_placement_group
 
 from detox_ray.config import RolloutConfig
 from detox_ray.policy.adapter import Adapter, content_digest
@@ -109,8 +109,8 @@ def engine_spec(model: str) -> EngineSpec:
     return EngineSpec("transformers", "adapter", model, None, "float32", 384, (0,), 1, 4, 8, 64)
 
 
-def start_light_workers(config: RolloutConfig, room: PlacementGroup | None = None) -> list[Any]:
+def start_light_workers(config: RolloutConfig, places: Sequence[Any] | None = None) -> list[Any]:
     """As `start_workers`, with light engines."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("detox_ray.rollout.worker.RolloutWorker", LightWorker)
-        return worker.start_workers(engine_spec("light"), config, room)
+        return worker.start_workers(engine_spec("light"), config, places)
