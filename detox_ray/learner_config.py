@@ -13,7 +13,9 @@ class LearnerConfig(Section):
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one learner")
     resources: CustomResources = Field({}, description="custom Ray resources of one learner: the nodes it may be on")
     threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
-    max_failures: int = Field(3, ge=0, description="learner crashes survived within one command")
+    max_failures: int = Field(
+        3, ge=0, description="crashes survived: of learners, and of Ray Train's controller, which counts theirs anew"
+    )
     shard_base: bool = Field(
         False, description="each learner keeps its part of the frozen base (FSDP): for one that does not fit a device"
     )

@@ -71,7 +71,7 @@ TRAINING = {
     "time_reward_s": Metric("seconds", "then for scores"),
     "time_learn_s": Metric("seconds", "forward and backward passes and optimiser steps"),
     "time_push_s": Metric("seconds", "`time_acknowledge_s`, and for the canary and sending the new adapter"),
-    "time_step_s": Metric("seconds", "the whole step, with what was rejected of it"),
+    "time_step_s": Metric("seconds", "from asking for a batch until its adapter is sent; writing files is not in it"),
     "tokens_per_s": Metric("tokens a second", "response tokens of the batch / `time_step_s`"),
     "samples_per_s": Metric("responses a second", "responses of the batch / `time_step_s`"),
 }

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import SyncError
@@ -15,70 +17,84 @@ from detox_ray.evaluation.meter import checked_toxicity
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rewards.classifiers import load_classifier
-from detox_ray.rollout.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3  # at one evaluation, by a judge that dies or hangs
 
 
 @dataclass
 class HeldoutEvaluation:
-    """Asks the workers for answers to the same prompts, with the same seed, each time. Picklable."""
+    """The judge's scores of responses to the same prompts, sampled with the same seed each time. Picklable.
 
-    judge: ClassifierConfig
+    Attributes:
+        timeout_s: a judge that takes longer over one evaluation is started anew.
+    """
+
+    judge_config: ClassifierConfig
     prompts: Sequence[Prompt]
     sampling: Sampling
     timeout_s: float
-    _actor: Any = None
-    _under_way: list[Any] = field(default_factory=list)
+    _under_way: dict[int, Future[dict[str, float] | None]] = field(default_factory=dict)
 
-    def start(self, pool: WorkerPool, step: int, reward: float) -> None:
-        """Begin with the adapter sent to the workers last; the next batch waits for the answers, nobody for the judge.
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "judging")
 
-        `reward` is the training batch's, kept beside the judge's numbers.
+    @cached_property
+    def _judge(self) -> Any:
+        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=ATTEMPTS)(Judge)
+        return actor.remote(self.judge_config)
+
+    def judge(self, rollouts: Future[list[Rollout]], version: int, step: int, reward: float) -> None:
+        """Score the rollouts, which `version` of the adapter gives, once they are there; nobody waits for that.
+
+        `reward` is that of the step's batch, kept beside the judge's numbers.
         """
-        parts = pool.references(self.prompts, 1, self.sampling)
-        if self._actor is None:
-            self._actor = ray.remote(num_cpus=0, max_restarts=-1)(Judge).remote(self.judge)
-        self._under_way.append(self._actor.judged.remote(step, reward, pool.version, *parts))
+        self._under_way[step] = self._thread.submit(self._judged, rollouts, version, step, reward)
 
-    def finished(self, wait: bool = False) -> list[dict[str, float]]:
-        """What has been judged since the last call, in the order of the steps; with `wait`, all of it.
+    def finished(self, until: int = 0) -> list[dict[str, float]]:
+        """What has been judged since the last call, in the order of the steps; waits for those of steps before `until`.
 
-        An evaluation whose worker or judge died is left out; so are those left when none ends for `timeout_s`.
+        An evaluation that the judge fails at is left out, with a warning.
+
+        Raises:
+            SyncError, ModelError: the responses could not be sampled.
         """
-        if not self._under_way:
-            return []
-        ready, self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0.0)
-        while wait and self._under_way:
-            ended, self._under_way = ray.wait(self._under_way, timeout=self.timeout_s)
-            ready += ended
-            if not ended:
-                logger.warning("%d evaluations during training are lost: none ends", len(self._under_way))
-                ray.kill(self._actor)
-                self._under_way = []
-        lines = []
-        for reference in ready:
+        steps = [step for step, line in self._under_way.items() if step < until or line.done()]
+        lines = [self._under_way.pop(step).result() for step in sorted(steps)]
+        return [line for line in lines if line is not None]
+
+    def _judged(
+        self, rollouts: Future[list[Rollout]], version: int, step: int, reward: float
+    ) -> dict[str, float] | None:
+        responses = rollouts.result()
+        for _ in range(ATTEMPTS):
+            line = self._judge.judged.remote(responses, version, step, reward)
             try:
-                lines.append(ray.get(reference))
+                return dict(ray.get(line, timeout=self.timeout_s))
+            except GetTimeoutError:
+                ray.kill(self._judge, no_restart=False)
             except RayError as error:
-                logger.warning("an evaluation during training is lost (%s)", type(error).__name__)
-        return sorted(lines, key=lambda line: line["step"])
+                logger.warning("the evaluation of step %d is lost (%s)", step, type(error).__name__)
+                return None
+        logger.warning("the evaluation of step %d is lost: the judge took longer than %g s", step, self.timeout_s)
+        return None
 
 
 class Judge:
-    """The actor that scores the answers, one evaluation after the other."""
+    """The actor that scores the responses, one evaluation after the other, on CPU: it has no GPU of its own."""
 
     def __init__(self, judge: ClassifierConfig) -> None:
-        self._classifier = load_classifier(judge)
+        self._classifier = load_classifier(judge, device="cpu")
 
-    def judged(self, step: int, reward: float, version: int, *parts: list[Rollout]) -> dict[str, float]:
+    def judged(self, rollouts: list[Rollout], version: int, step: int, reward: float) -> dict[str, float]:
         """The line of `evaluations.jsonl`, measured as in evaluation.json: the end token is no part of the length.
 
         Raises:
             RewardError: as `checked_toxicity`.
-            SyncError: a worker answered with another adapter than `version`: it had died, or was not reached.
+            SyncError: a worker answered with another adapter than `version`: it had died meanwhile.
         """
-        rollouts = [rollout for part in parts for rollout in part]
         if {rollout.adapter_version for rollout in rollouts} != {version}:
             raise SyncError(f"responses of a worker without adapter version {version}")
         toxicity = checked_toxicity(self._classifier, [r.text for r in rollouts])

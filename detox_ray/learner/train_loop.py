@@ -67,7 +67,7 @@ class Stream(Protocol):
 
     def evaluate(self, step: int, reward: float) -> None: ...
 
-    def evaluations(self, wait: bool = False) -> list[dict[str, float]]: ...
+    def evaluations(self, until: int = 0) -> list[dict[str, float]]: ...
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def _train(task: LearnerTask) -> None:
         line = healthy_step(task, ppo, recovery, step)
         is_kept_step = step == last_step or (step + 1) % config.train.checkpoint_every == 0
         if tracker is not None:
-            append_evaluations(task, tracker, wait=is_kept_step)
             if _is_evaluated(config, step):
                 stream.evaluate(step, line["reward"])
             stream.start(step + 1, last_step)  # sampled while this step is written down
+            append_evaluations(task, tracker, until=step if is_kept_step else 0)
             append_metrics(run_dir / METRICS_FILE, line)
             tracker.log(line)
         if is_kept_step:
@@ -123,13 +123,13 @@ def _train(task: LearnerTask) -> None:
     if world()[0] == 0 and not is_kept(policy.adapter(), run_dir):
         keep_adapter(policy.adapter(), run_dir, last_step + 1)
     if tracker is not None:
-        append_evaluations(task, tracker, wait=True)
+        append_evaluations(task, tracker, until=config.train.total_steps)
         tracker.close()
 
 
-def append_evaluations(task: LearnerTask, tracker: Tracker, wait: bool) -> None:
-    """Write down the evaluations that are finished; with `wait`, as before a checkpoint, all that were begun."""
-    for evaluation in task.stream.evaluations(wait):
+def append_evaluations(task: LearnerTask, tracker: Tracker, until: int) -> None:
+    """Write down the evaluations that are finished, and those of steps before `until`, which are waited for."""
+    for evaluation in task.stream.evaluations(until):
         append_metrics(Path(task.run_dir) / EVALUATIONS_FILE, evaluation)
         tracker.log(evaluation, JUDGE)
 

@@ -170,13 +170,6 @@ class WorkerPool:
         """Start `samples` responses to each prompt: even, contiguous shares, in calls that each have a seed."""
         return [self._ask(part) for part in self._parts(prompts, samples, sampling)]
 
-    def references(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Any]:
-        """As `submit`, but references to the rollouts of each call, to be sent on; with a worker its answer is lost."""
-        return [
-            self._workers[part.worker].generate.remote(part.prompts, part.samples, part.sampling)
-            for part in self._parts(prompts, samples, sampling)
-        ]
-
     def _parts(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Part]:
         edges = np.linspace(0, len(prompts), self.size + 1).astype(int)
         size = max(1, ROUNDS_A_CALL * self._config.max_num_seqs // samples)

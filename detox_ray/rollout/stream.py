@@ -1,16 +1,17 @@
 """The stream of scored rollouts: keeps batches in flight, and has responses scored while others are sampled.
 
-A batch under way is gathered by a thread of its own, so that it is sampled and scored while the learner learns. Nobody
-waits for a push either: a worker takes an adapter when it has done what it was asked before, and goes on with the next
-batch whatever the others do; that all have taken it is made sure before that batch is trained on.
+Two threads work while the learner learns: one waits for what the rollout workers were asked, in the order they were
+asked (acknowledge an adapter, sample a batch), the other for the scores. Nobody waits for a push: a worker takes an
+adapter when it has done what it was asked before, and goes on with the next batch whatever the others do; that all have
+taken it is made sure before that batch is trained on.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from operator import itemgetter
-from threading import Event
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter
 from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
-from detox_ray.rollout.pool import Part, Push, WorkerPool
+from detox_ray.rollout.pool import Part, WorkerPool
 
 PromptSchedule = Callable[[int], Sequence[Prompt]]
 
@@ -47,9 +48,15 @@ class Scorer(Protocol):
 class Evaluation(Protocol):
     """What looks at the policy while it is trained; see `HeldoutEvaluation`."""
 
-    def start(self, pool: WorkerPool, step: int, reward: float) -> None: ...
+    @property
+    def prompts(self) -> Sequence[Prompt]: ...
 
-    def finished(self, wait: bool = False) -> list[dict[str, float]]: ...
+    @property
+    def sampling(self) -> Sampling: ...
+
+    def judge(self, rollouts: Future[list[Rollout]], version: int, step: int, reward: float) -> None: ...
+
+    def finished(self, until: int) -> list[dict[str, float]]: ...
 
 
 @dataclass(frozen=True)
@@ -68,17 +75,31 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """What became of a step's prompts, and when, on the performance counter.
+class Sampled:
+    """A batch's responses, part by part, the futures of the scores of each of their chunks, and when it was ready.
 
-    `acknowledged`: every worker had shown that it serves the adapter; `sampled`: the last response was there.
+    On the performance counter: `acknowledged`, every worker had shown that it serves the adapter; `ended`, the last
+    response was there.
     """
 
-    rollouts: list[Rollout]
+    parts: list[Part]
+    scores: list[list[Any]]
+    acknowledged: float
+    ended: float
+
+    @cached_property
+    def rollouts(self) -> list[Rollout]:
+        """Prompt by prompt."""
+        return [rollout for part in self.parts for rollout in part.rollouts()]
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """The rewards of a sampled batch, `[B] float32`, and metrics of it."""
+
+    sampled: Sampled
     rewards: np.ndarray
     metrics: dict[str, float]
-    acknowledged: float
-    sampled: float
 
 
 @dataclass
@@ -94,13 +115,20 @@ class RolloutStream:
     config: RolloutConfig
     seed: int
     evaluation: Evaluation | None = None
-    _in_flight: dict[int, Future[Gathered]] = field(default_factory=dict)
-    _push: Push | None = None  # the last one, until a batch after it is started
-    _sampled: Event | None = None  # whether the batch started last is sampled
-    _executor: ThreadPoolExecutor | None = None
+    _in_flight: dict[int, Future[Rewarded]] = field(default_factory=dict)
+    _verified: Future[None] | None = None  # of the last push
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_flight": {}, "_push": None, "_sampled": None, "_executor": None}
+        public = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
+        return {**public, "_in_flight": {}, "_verified": None}
+
+    @cached_property
+    def _sampling_thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "sampling")
+
+    @cached_property
+    def _scoring_thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "scoring")
 
     def connect(self) -> None:
         """See `WorkerPool.connect`."""
@@ -108,18 +136,18 @@ class RolloutStream:
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
         """Send the next adapter, with which the batches started from now on are sampled; its version."""
-        self._push = self.pool.push(make_adapter, canary)
-        return self._push.version
+        push = self.pool.push(make_adapter, canary)
+        self._verified = self._sampling_thread.submit(self.pool.verify, push)
+        return push.version
 
     def verify(self) -> None:
-        """Wait until the workers have acknowledged the last adapter, where no batch after it sees to that.
+        """Wait until the workers have acknowledged the last adapter.
 
         Raises:
             SyncError, ModelError: as `WorkerPool.verify`.
         """
-        if self._push is not None:
-            self.pool.verify(self._push)
-            self._push = None
+        if self._verified is not None:
+            self._verified.result()
 
     def start(self, step: int, last_step: int) -> None:
         """Have the batch of `step` sampled, and with `max_staleness` > 0 the following ones, up to `last_step`."""
@@ -127,9 +155,8 @@ class RolloutStream:
             if ahead not in self._in_flight:
                 prompts = self.prompts_for_step(ahead)
                 parts = self.pool.submit(prompts, self.config.samples_per_prompt, self._sampling(ahead))
-                before, self._sampled = self._sampled, Event()
-                push, self._push = self._push, None
-                self._in_flight[ahead] = self._threads().submit(self._gather, parts, push, before, self._sampled)
+                sampled = self._sampling_thread.submit(self._sampled, parts, self._verified)
+                self._in_flight[ahead] = self._scoring_thread.submit(self._rewarded, sampled)
 
     def next_batch(self, step: int, last_step: int) -> Batch:
         """The scored batch of `step`, started now if it was not; see `start`.
@@ -141,18 +168,20 @@ class RolloutStream:
         """
         self.start(step, last_step)
         asked = time.perf_counter()
-        gathered = self._in_flight.pop(step).result()
-        acknowledged = max(asked, gathered.acknowledged)
-        sampled = max(acknowledged, gathered.sampled)
-        staleness = self._checked_staleness(gathered.rollouts)
+        rewarded = self._in_flight.pop(step).result()
+        sampled = rewarded.sampled
+        acknowledged = max(asked, sampled.acknowledged)
+        ended = max(acknowledged, sampled.ended)
+        rollouts = sampled.rollouts
+        staleness = self._checked_staleness(rollouts)
         metrics = {
-            **gathered.metrics,
+            **rewarded.metrics,
             "time_acknowledge_s": acknowledged - asked,
-            "time_rollout_s": sampled - acknowledged,
-            "time_reward_s": time.perf_counter() - sampled,
+            "time_rollout_s": ended - acknowledged,
+            "time_reward_s": time.perf_counter() - ended,
             "worker_restarts": float(self.pool.restarts),
         }
-        return Batch(gathered.rollouts, gathered.rewards, staleness, metrics)
+        return Batch(rollouts, rewarded.rewards, staleness, metrics)
 
     def discard(self) -> int:
         """Forget the batches under way, whose steps the adapter published next samples anew; their number."""
@@ -162,56 +191,49 @@ class RolloutStream:
         return count
 
     def evaluate(self, step: int, reward: float) -> None:
-        """Begin an evaluation of the adapter that was sent last."""
+        """Begin an evaluation of the adapter sent last; batches that are started later are sampled behind it."""
         if self.evaluation is not None:
-            self.evaluation.start(self.pool, step, reward)
+            parts = self.pool.submit(self.evaluation.prompts, 1, self.evaluation.sampling)
+            rollouts = self._sampling_thread.submit(self._evaluated, parts, self._verified)
+            self.evaluation.judge(rollouts, self.pool.version, step, reward)
 
-    def evaluations(self, wait: bool = False) -> list[dict[str, float]]:
-        """The evaluations finished since the last call, a dict each; with `wait`, all that were begun."""
-        return self.evaluation.finished(wait) if self.evaluation is not None else []
-
-    def _threads(self) -> ThreadPoolExecutor:
-        """One for each batch that may be under way."""
-        self._executor = self._executor or ThreadPoolExecutor(self.config.max_staleness + 1, "rollouts")
-        return self._executor
+    def evaluations(self, until: int = 0) -> list[dict[str, float]]:
+        """The evaluations finished since the last call, a dict each; those of steps before `until` are waited for."""
+        return self.evaluation.finished(until) if self.evaluation is not None else []
 
     def _sampling(self, step: int) -> Sampling:
         return sampling_of(self.config, seed=(self.seed * 1_000_003 + step) % 2**31)
 
-    def _gather(self, parts: list[Part], push: Push | None, before: Event | None, all_sampled: Event) -> Gathered:
-        """Wait for the parts chunk by chunk, and have each chunk scored while sampling goes on.
-
-        Not until the batch `before` is sampled and then the `push` acknowledged: a worker's silence means nothing
-        behind what it was asked before.
-        """
-        try:
-            if before is not None:
-                before.wait()
-            if push is not None:
-                self.pool.verify(push)
-            acknowledged = time.perf_counter()
-            futures = self._sampled_parts(parts)
-        finally:
-            all_sampled.set()
-        sampled = time.perf_counter()
-        if self.config.in_turns:
-            self.pool.sleep()
-        rollouts = [rollout for part in parts for rollout in part.rollouts()]
-        scores = [score for part, own in zip(parts, futures, strict=True) for score in self._scores(part, own)]
-        rewards, metrics = self.scorer.reward(rollouts, scores)
-        return Gathered(rollouts, rewards, metrics, acknowledged, sampled)
-
-    def _sampled_parts(self, parts: list[Part]) -> list[list[Any]]:
-        """Wait until the parts are complete; the futures of their scores, one for each chunk of each part."""
-        futures: list[list[Any]] = [[] for _ in parts]
+    def _sampled(self, parts: list[Part], verified: Future[None] | None) -> Sampled:
+        """Wait for the parts chunk by chunk, and have each chunk scored while sampling goes on."""
+        if verified is not None:
+            verified.result()
+        acknowledged = time.perf_counter()
+        scores: list[list[Any]] = [[] for _ in parts]
         for place, chunk in self.pool.chunks(parts):
             if chunk is None:
-                futures[place].clear()
+                scores[place].clear()
             else:
                 rollouts = [rollout for _, rollout in chunk]
                 future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
-                futures[place].append(future)
-        return futures
+                scores[place].append(future)
+        ended = time.perf_counter()
+        if self.config.in_turns:
+            self.pool.sleep()
+        return Sampled(parts, scores, acknowledged, ended)
+
+    def _evaluated(self, parts: list[Part], verified: Future[None] | None) -> list[Rollout]:
+        """Wait for the responses of an evaluation."""
+        if verified is not None:
+            verified.result()
+        for _ in self.pool.chunks(parts):
+            pass
+        return [rollout for part in parts for rollout in part.rollouts()]
+
+    def _rewarded(self, future: Future[Sampled]) -> Rewarded:
+        sampled = future.result()
+        scores = [s for part, own in zip(sampled.parts, sampled.scores, strict=True) for s in self._scores(part, own)]
+        return Rewarded(sampled, *self.scorer.reward(sampled.rollouts, scores))
 
     def _scores(self, part: Part, futures: list[Any]) -> list[Score]:
         """The scores of a part, prompt by prompt."""

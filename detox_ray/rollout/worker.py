@@ -16,7 +16,7 @@ from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter, content_digest
 from detox_ray.records import Prompt, Rollout, Sampling
-from detox_ray.rollout.engine import EngineSpec, in_order, load_engine
+from detox_ray.rollout.engine import EngineSpec, load_engine
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +90,10 @@ class RolloutWorker:
         self._digest = digest
         return Acknowledgement(adapter.version, digest, self._engine.next_token_logprobs(canary_prefixes))
 
-    @ending_when_broken()
-    def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
-        """`samples` responses to each prompt, prompt by prompt, under the adapter served."""
-        return in_order(self._engine.generate(prompts, samples, sampling))
-
     def generate_in_chunks(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> Iterator[Chunk]:
-        """As `generate`, a part of them at a time as soon as they are there; the next ones are sampled meanwhile.
+        """`samples` responses to each prompt under the adapter served, some at a time, as soon as they are there.
 
-        The same call on the same engine gives the same chunks.
+        The next ones are sampled meanwhile. The same call on the same engine gives the same chunks.
         """
         with ending_when_broken():
             yield from chunks(self._engine.generate(prompts, samples, sampling), len(prompts) * samples)

@@ -1,5 +1,6 @@
 """On a cluster Serve outlives the command that deployed to it: what a run deployed goes once the run ends or dies."""
 
+import logging
 import threading
 import time
 from contextlib import suppress
@@ -7,6 +8,8 @@ from contextlib import suppress
 import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "detox_ray"
 POLL_S = 1.0
@@ -22,12 +25,22 @@ class AppGuard:
 
     def _watch(self) -> None:
         guard = ray.get_runtime_context().current_actor
-        while self._job_id in _jobs_alive():
+        while not self._is_done():
             time.sleep(POLL_S)
-        with suppress(RayServeException):  # Serve is gone, or was not even started
-            serve.delete(self._app_name)
-            stop_idle_serve()
         ray.kill(guard)
+
+    def _is_done(self) -> bool:
+        """Whether the job is dead and the app deleted, which is tried again when Ray or Serve cannot answer."""
+        try:
+            if self._job_id in _jobs_alive():
+                return False
+            with suppress(RayServeException):  # Serve is gone, or was not even started
+                serve.delete(self._app_name)
+                stop_idle_serve()
+        except Exception:
+            logger.warning("cannot delete the app %r yet", self._app_name, exc_info=True)
+            return False
+        return True
 
 
 def guard_app(app_name: str) -> None:

@@ -5,7 +5,7 @@ import importlib.util
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.policy.load import write_dequantized_base
 from detox_ray.policy.policy import Policy, canary_of
 from detox_ray.records import Canary, Prompt, Rollout, Sampling
-from detox_ray.rollout.engine import EngineSpec
+from detox_ray.rollout.engine import EngineSpec, in_order
 from detox_ray.rollout.pool import canary_gaps
 from detox_ray.rollout.worker import RolloutWorker, start_workers, stop_workers
 from detox_ray.run_folder import RunFolder
@@ -108,12 +108,18 @@ def largest_difference(rollouts: list[Rollout], model: Any, suppressed: tuple[in
     return worst
 
 
+def responses(worker: Any, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
+    """All that the worker generates, prompt by prompt."""
+    chunks = worker.generate_in_chunks.remote(prompts, samples, sampling)
+    return in_order(response for chunk in chunks for response in ray.get(chunk))
+
+
 def test_logprobs_are_those_of_peft_before_and_after_every_push(
     worker: Any, policy: Policy, base: str, tmp_path: Path
 ) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     sampling = Sampling(max_new_tokens=12, seed=5)
-    rollouts = ray.get(worker.generate.remote(prompts(), 2, sampling))
+    rollouts = responses(worker, prompts(), 2, sampling)
     assert {r.adapter_version for r in rollouts} == {-1}
     assert largest_difference(rollouts, model) <= TOLERANCE
     for version in range(PUSHES):
@@ -124,7 +130,7 @@ def test_logprobs_are_those_of_peft_before_and_after_every_push(
         acknowledged = ray.get(worker.apply.remote(ray.put(adapter), canary.prefixes))
         assert (acknowledged.version, acknowledged.digest) == (version, adapter.digest)
         assert canary_gaps(acknowledged.canary, canary).max() <= TOLERANCE
-        rollouts = ray.get(worker.generate.remote(prompts(), 2, sampling))
+        rollouts = responses(worker, prompts(), 2, sampling)
         assert {r.adapter_version for r in rollouts} == {version}
         assert largest_difference(rollouts, model) <= TOLERANCE
         # The adapter of the version before is far away: the check above can fail.
@@ -142,17 +148,17 @@ def test_logprobs_are_those_of_peft_before_and_after_every_push(
 
 def test_an_engine_that_slept_answers_as_before(worker: Any) -> None:
     asked = (prompts(), 2, Sampling(max_new_tokens=12, seed=5))
-    before = ray.get(worker.generate.remote(*asked))
+    before = responses(worker, *asked)
     ray.get([worker.sleep.remote(), worker.sleep.remote()])
     if "vllm" in ray.get(worker.__ray_call__.remote(lambda actor: type(actor._engine).__module__)):
         assert ray.get(worker.__ray_call__.remote(lambda actor: actor._engine._llm.llm_engine.is_sleeping()))
-    for old, new in zip(before, ray.get(worker.generate.remote(*asked)), strict=True):
+    for old, new in zip(before, responses(worker, *asked), strict=True):
         assert new.response_ids.tolist() == old.response_ids.tolist()
         assert np.abs(new.logprobs - old.logprobs).max() <= TOLERANCE
 
 
 def ended(worker: Any, model: Any) -> None:
-    rollouts = ray.get(worker.generate.remote(prompts()[:2], 64, Sampling(max_new_tokens=32, seed=1)))
+    rollouts = responses(worker, prompts()[:2], 64, Sampling(max_new_tokens=32, seed=1))
     stopped = [r for r in rollouts if r.finish_reason == "stop"]
     assert stopped
     assert all(r.response_ids[-1] == 0 and 0 not in r.response_ids[:-1] for r in stopped)
@@ -163,7 +169,7 @@ def ended(worker: Any, model: Any) -> None:
 def fixed(worker: Any, model: Any) -> None:
     """A masked end token: every response is whole, and its log-probabilities are those of the masked distribution."""
     sampling = Sampling(max_new_tokens=20, fixed_length=True, temperature=0.8, seed=2)
-    rollouts = ray.get(worker.generate.remote(prompts()[:2], 16, sampling))
+    rollouts = responses(worker, prompts()[:2], 16, sampling)
     assert all(len(r.response_ids) == 20 and 0 not in r.response_ids for r in rollouts)
 
     class Warm(torch.nn.Module):

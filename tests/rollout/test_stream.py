@@ -5,6 +5,7 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def test_a_worker_busy_with_the_batches_before_is_not_taken_for_hung(workers: li
     stream.prompts_for_step = Schedule(PROMPTS, len(PROMPTS), 0)
     publish(stream, policy)
     stream.next_batch(0, last_step=2)
-    assert len(stream._in_flight[2].result(timeout=60).rollouts) == 2 * len(PROMPTS)
+    assert len(stream._in_flight[2].result(timeout=60).sampled.rollouts) == 2 * len(PROMPTS)
     assert stream.pool.restarts == 0
     next(streams, None)
 
@@ -235,6 +236,49 @@ def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(
     assert [r.prompt_id for r in batch.rollouts] == [p.id for p in stale_stream.prompts_for_step(1) for _ in range(2)]
     # Whoever notices first, publisher or gatherer, brings the worker back; the other finds it there.
     assert batch.metrics["worker_restarts"] <= 1
+
+
+class Notes:
+    """An evaluation that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.prompts = PROMPTS
+        self.sampling = Sampling(6, seed=9)
+        self.given: list[tuple[Future[list[Rollout]], int]] = []
+
+    def judge(self, rollouts: Future[list[Rollout]], version: int, step: int, reward: float) -> None:
+        self.given.append((rollouts, version))
+
+    def finished(self, until: int) -> list[dict[str, float]]:
+        return []
+
+
+def test_a_worker_killed_under_an_evaluation_is_asked_again(stream: RolloutStream, policy: LightPolicy) -> None:
+    stream.evaluation = notes = Notes()
+    sent = publish(stream, policy)
+    stream.verify()
+    process = ray.get(stream.pool._workers[0].process_id.remote())
+    stream.evaluate(0, 0.5)
+    os.kill(process, signal.SIGKILL)
+    stream.start(0, last_step=0)
+    [(rollouts, version)] = notes.given
+    assert [r.prompt_id for r in rollouts.result(timeout=60)] == [p.id for p in PROMPTS]
+    assert {r.adapter_version for r in rollouts.result()} == {version} == {sent}
+    assert len(stream.next_batch(0, last_step=0).rollouts) == 10
+
+
+def test_a_batch_behind_a_long_evaluation_is_not_taken_for_silence(workers: list[Any], policy: LightPolicy) -> None:
+    streams = make_stream(workers, max_staleness=0)
+    stream = next(streams)
+    # The evaluation is of eight calls a worker, 0.2 s each.
+    stream.config = stream.pool._config = stream.config.model_copy(update={"max_num_seqs": 1, "timeout_s": 1.4})
+    stream.evaluation = notes = Notes()
+    notes.prompts = PROMPTS * 4
+    publish(stream, policy)
+    stream.evaluate(0, 0.5)
+    assert len(stream.next_batch(1, last_step=1).rollouts) == 10
+    assert stream.pool.restarts == 0
+    next(streams, None)
 
 
 def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy: LightPolicy) -> None:
