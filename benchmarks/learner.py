@@ -22,7 +22,7 @@ from detox_ray import load_config
 from detox_ray.config import Config
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.prompts import load_prompts
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.policy.load import load_tokenizer
 from detox_ray.policy.policy import Policy
 from detox_ray.records import Prompt, Rollout
@@ -78,8 +78,9 @@ def _options() -> argparse.Namespace:
 
 def _learner(config: Config, steps: int) -> PPO:
     policy = Policy(config.policy, torch.device("cpu"), config.seed, compiled=config.train.compile)
-    law = SamplingLaw(config.rollout.temperature, (), config.rollout.samples_per_prompt, config.rollout.max_logprob_gap)
-    return PPO(policy, config.ppo, law, pad_id=0, total_steps=WARMUP + steps, seed=config.seed)
+    rollout = config.rollout
+    distribution = SamplingDistribution(rollout.temperature, (), rollout.samples_per_prompt, rollout.max_logprob_gap)
+    return PPO(policy, config.ppo, distribution, pad_id=0, total_steps=WARMUP + steps, seed=config.seed)
 
 
 def _batch(config: Config, prompts: Sequence[Prompt], vocabulary: int, step: int) -> tuple[list[Rollout], np.ndarray]:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from detox_ray import load_config
 from detox_ray.config import Config
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.policy.load import compute_dtype, write_dequantized_base
 from detox_ray.policy.policy import Policy
 from detox_ray.records import Prompt, Sampling
@@ -54,8 +54,8 @@ def main() -> None:
     config = load_config(ROOT / "configs/redpajama-3b.yaml", [f"policy.model={_save_model(options, device)}"])
     policy = Policy(config.policy, device, config.seed)
     engine = _engine(config, device)
-    law = SamplingLaw(config.rollout.temperature, (END,), 1, config.rollout.max_logprob_gap)
-    ppo = PPO(policy, config.ppo, law, PAD, options.steps + 1, config.seed)
+    distribution = SamplingDistribution(config.rollout.temperature, (END,), 1, config.rollout.max_logprob_gap)
+    ppo = PPO(policy, config.ppo, distribution, PAD, options.steps + 1, config.seed)
     lines = [_step(config, ppo, engine, step) for step in range(options.steps + 1)][1:]  # the first warms up
     seconds = [sum(line[phase] for phase in ("rollout_s", "learn_s", "push_s")) for line in lines]
     samples_per_s = [config.ppo.batch_size / s for s in seconds]

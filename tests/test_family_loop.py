@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from detox_ray.config import Config, LoraConfig, PolicyConfig, RolloutConfig
 from detox_ray.config_file import dump_config, parse_config
 from detox_ray.export import export
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.learner.sft import SFT
 from detox_ray.plan import plan_engine, with_dequantized_base
 from detox_ray.policy.adapter import save_adapter
@@ -82,7 +82,7 @@ def improve(config: PolicyConfig, engine: TransformersEngine, spec: EngineSpec) 
     ppo = PPO(
         Policy(config, CPU),
         PPOConfig(batch_size=8, epochs=1, minibatches=2, learning_rate=1e-2),
-        SamplingLaw(temperature=1.0, suppressed=(), samples_per_prompt=2, max_logprob_gap=TOLERANCE),
+        SamplingDistribution(temperature=1.0, suppressed=(), samples_per_prompt=2, max_logprob_gap=TOLERANCE),
         pad_id=spec.pad_id,
         total_steps=2,
         seed=0,

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from detox_ray.config import PolicyConfig
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.learner.sft import SFT, share_of
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
@@ -35,7 +35,7 @@ def update(model: str, rows: slice, shard_base: bool = False) -> tuple[dict[str,
     """One step on some rows of a fixed batch of eight, as one minibatch."""
     policy = Policy(PolicyConfig(model=model, quantization="none"), torch.device("cpu"), shard_base=shard_base)
     config = PPOConfig(batch_size=8, epochs=1, minibatches=1, learning_rate=1e-3, kl=KLConfig(coefficient=0.1))
-    ppo = PPO(policy, config, SamplingLaw(1.0, (), 1, 1.0), pad_id=1, total_steps=1, seed=0)
+    ppo = PPO(policy, config, SamplingDistribution(1.0, (), 1, 1.0), pad_id=1, total_steps=1, seed=0)
     with torch.no_grad():
         policy.value_head.weight.fill_(0.01)
     rng = np.random.default_rng(0)

@@ -22,7 +22,7 @@ from detox_ray.records import Rollout
 
 
 @dataclass(frozen=True)
-class SamplingLaw:
+class SamplingDistribution:
     """How the rollouts were sampled, as far as it defines the distribution, and how far it may be from the learner's.
 
     `suppressed` are tokens that could not be sampled; `max_logprob_gap` bounds the mean |behaviour - learner| of an
@@ -59,7 +59,13 @@ class PPO:
     """The learner: policy, optimiser and KL controller."""
 
     def __init__(
-        self, policy: Policy, config: PPOConfig, law: SamplingLaw, pad_id: int, total_steps: int, seed: int
+        self,
+        policy: Policy,
+        config: PPOConfig,
+        distribution: SamplingDistribution,
+        pad_id: int,
+        total_steps: int,
+        seed: int,
     ) -> None:
         self.policy = policy
         self.config = config
@@ -72,12 +78,13 @@ class PPO:
             ],
             config,
         )
-        self._law = law
+        self._distribution = distribution
         self._pad_id = pad_id
         self._total_steps = total_steps
         self._seed = seed
         self._device = policy.value_head.weight.device
-        self._suppressed = torch.tensor(law.suppressed, device=self._device) if law.suppressed else None
+        suppressed = distribution.suppressed
+        self._suppressed = torch.tensor(suppressed, device=self._device) if suppressed else None
 
     def update(self, rollouts: Sequence[Rollout], rewards: np.ndarray, step: int, on_policy: bool) -> dict[str, float]:
         """Train on this learner's share of a batch.
@@ -109,7 +116,6 @@ class PPO:
         self, rollouts: Sequence[Rollout], rewards: np.ndarray, on_policy: bool
     ) -> tuple[Experience, dict[str, float]]:
         """Proximal and reference log-probabilities, values, KL and advantages of a batch."""
-        config, law = self.config, self._law
         sequences = collate(
             [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], self._pad_id, self._device
         )
@@ -118,64 +124,75 @@ class PPO:
         behaviour[mask] = torch.from_numpy(np.concatenate([r.logprobs for r in rollouts])).to(self._device)
         current = self._forward_without_gradient(sequences, reference=False)
         reference = self._forward_without_gradient(sequences, reference=True)
-
-        tokens = mask.sum()
-        gap = (current.logprobs - behaviour).abs()
-        gap_sum, token_count, broken = sum_over_learners(gap.sum(), tokens, (~current.logprobs.isfinite()).sum())
-        if broken > 0:
-            raise DivergenceError(f"{int(broken)} of the policy's {int(token_count)} log-probabilities are no numbers")
-        if not torch.isfinite(gap_sum) or (on_policy and gap_sum / token_count > law.max_logprob_gap):
-            raise SyncError(
-                f"engine and learner differ by {float(gap_sum / token_count):.3g} nats a token on the same policy "
-                f"(rollout.max_logprob_gap={law.max_logprob_gap:g}); use rollout.base=dequantized, top_p=1, top_k=0, "
-                "or raise the bound"
-            )
-        importance = importance_weights(current.logprobs, behaviour, mask, config.importance_cap)
+        gaps = self._logprob_gaps(current.logprobs, behaviour, mask, on_policy)
+        importance = importance_weights(current.logprobs, behaviour, mask, self.config.importance_cap)
         kl = k1(current.logprobs, reference.logprobs, mask)
-        kl_per_token = float(sum_over_learners(kl.sum())[0] / token_count)
-        if not kl_per_token <= config.divergence.max_kl_per_token:
-            raise DivergenceError(
-                f"the policy is {kl_per_token:.3g} nats a token from the reference "
-                f"(ppo.divergence.max_kl_per_token={config.divergence.max_kl_per_token:g})"
-            )
-        reward = torch.from_numpy(rewards).float().to(self._device)
-        advantages, returns = self._advantages(reward, kl, current.values, mask)
-        if config.whiten_advantages:
-            sums = sum_over_learners(tokens, advantages[mask].sum(), (advantages[mask] ** 2).sum())
-            advantages = standardise(advantages, mask, *(s.float().to(self._device) for s in sums))
 
-        responses, kl_sum, entropy_sum, weight_sum, weight_square_sum, capped = sum_over_learners(
+        responses, tokens, kl_sum, entropy_sum, weight_sum, weight_square_sum, capped = sum_over_learners(
             len(rollouts),
+            mask.sum(),
             kl.sum(),
             current.entropy.sum(),
             importance.sum(),
             (importance**2).sum(),
-            (importance >= config.importance_cap).sum(),
+            (importance >= self.config.importance_cap).sum(),
         )
+        max_kl = self.config.divergence.max_kl_per_token
+        if not kl_sum / tokens <= max_kl:
+            raise DivergenceError(
+                f"the policy is {float(kl_sum / tokens):.3g} nats a token from the reference "
+                f"(ppo.divergence.max_kl_per_token={max_kl:g})"
+            )
+        reward = torch.from_numpy(rewards).float().to(self._device)
+        advantages, returns = self._advantages(reward, kl, current.values, mask)
         metrics: dict[str, Any] = {
             "kl": kl_sum / responses,
             "kl_coefficient": self.kl_controller.coefficient,
-            "entropy": entropy_sum / token_count,
-            "logprob_gap_mean": gap_sum / token_count,
-            "logprob_gap_max": max_over_learners(gap.max()),
-            "importance_mean": weight_sum / token_count,
-            "importance_ess": weight_sum**2 / (weight_square_sum * token_count),
-            "importance_capped": capped / token_count,
-            "response_length": token_count / responses,
+            "entropy": entropy_sum / tokens,
+            "importance_mean": weight_sum / tokens,
+            "importance_ess": weight_sum**2 / (weight_square_sum * tokens),
+            "importance_capped": capped / tokens,
+            "response_length": tokens / responses,
             "explained_variance": explained_variance(*sum_over_learners(*moments(current.values, returns, mask))),
         }
         experience = Experience(sequences, mask, current.logprobs, current.values, advantages, returns, importance)
-        return experience, {name: float(value) for name, value in metrics.items()}
+        return experience, gaps | {name: float(value) for name, value in metrics.items()}
+
+    def _logprob_gaps(self, current: Tensor, behaviour: Tensor, mask: Tensor, on_policy: bool) -> dict[str, float]:
+        """|behaviour - learner| over the sampled tokens: `logprob_gap_mean` and `logprob_gap_max`, in nats.
+
+        Raises:
+            DivergenceError: the policy computes no numbers.
+            SyncError: of an on-policy batch the mean is above the bound.
+        """
+        gap = (current - behaviour).abs()
+        gap_sum, tokens, broken = sum_over_learners(gap.sum(), mask.sum(), (~current.isfinite()).sum())
+        mean, bound = float(gap_sum / tokens), self._distribution.max_logprob_gap
+        if broken > 0:
+            raise DivergenceError(f"{int(broken)} of the policy's {int(tokens)} log-probabilities are no numbers")
+        if not math.isfinite(mean) or (on_policy and mean > bound):
+            raise SyncError(
+                f"engine and learner differ by {mean:.3g} nats a token on the same policy "
+                f"(rollout.max_logprob_gap={bound:g}); use rollout.base=dequantized, top_p=1, top_k=0, "
+                "or raise the bound"
+            )
+        return {"logprob_gap_mean": mean, "logprob_gap_max": float(max_over_learners(gap.max()))}
 
     def _advantages(self, rewards: Tensor, kl: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and returns [B, R] by the configured estimator; the group estimators put the KL in the reward."""
+        """Advantages, whitened if so configured, and returns [B, R]; group estimators put the KL in the reward."""
         config, beta = self.config, self.kl_controller.coefficient
         if config.estimator == "gae":
-            return gae(token_rewards(rewards, kl, mask, beta), values, mask, config.gamma, config.gae_lambda)
-        penalised = rewards - beta * kl.sum(dim=1)
-        estimate = rloo if config.estimator == "rloo" else grpo
-        advantages = estimate(penalised.view(-1, self._law.samples_per_prompt)).view(-1, 1)
-        return torch.where(mask, advantages, 0.0), torch.where(mask, penalised[:, None], 0.0)
+            rewards_of_tokens = token_rewards(rewards, kl, mask, beta)
+            advantages, returns = gae(rewards_of_tokens, values, mask, config.gamma, config.gae_lambda)
+        else:
+            estimate = rloo if config.estimator == "rloo" else grpo
+            penalised = rewards - beta * kl.sum(dim=1)
+            of_responses = estimate(penalised.view(-1, self._distribution.samples_per_prompt)).view(-1, 1)
+            advantages, returns = torch.where(mask, of_responses, 0.0), torch.where(mask, penalised[:, None], 0.0)
+        if config.whiten_advantages:
+            sums = sum_over_learners(mask.sum(), advantages[mask].sum(), (advantages[mask] ** 2).sum())
+            advantages = standardise(advantages, mask, *(s.float().to(self._device) for s in sums))
+        return advantages, returns
 
     def _train(self, experience: Experience) -> dict[str, float]:
         """The epochs; stops early once the policy has moved further than `target_kl` from where it began."""
@@ -190,9 +207,9 @@ class PPO:
             tokens = sum_over_learners(experience.mask[index].sum())[0].float().to(self._device)
             sums = torch.zeros(4)
             self.optimizer.zero_grad()
-            pieces = self._by_length(experience.sequences, index, len(index) // config.gradient_accumulation)
-            for piece in pieces:
-                sums += self._backward(experience.rows(piece), tokens)
+            microbatches = self._microbatches(experience.sequences, index, len(index) // config.gradient_accumulation)
+            for microbatch in microbatches:
+                sums += self._backward(experience.rows(microbatch), tokens)
             sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             means = torch.stack(sum_over_learners(*sums)) / tokens.cpu()
@@ -215,36 +232,43 @@ class PPO:
                 f"(ppo.divergence.max_loss={bound:g})"
             )
 
-    def _backward(self, piece: Experience, tokens: Tensor) -> Tensor:
-        """Add a piece's gradients; sums over its tokens of policy loss, value loss, clipped ratios, approximate KL."""
-        config, law = self.config, self._law
+    def _backward(self, microbatch: Experience, tokens: Tensor) -> Tensor:
+        """Add its gradients; sums over its tokens: policy loss, value loss, clipped ratios, approximate KL."""
+        config, distribution = self.config, self._distribution
         entropy = "gradient" if config.entropy_coefficient > 0 else "none"
-        now = self.policy(piece.sequences, law.temperature, self._suppressed, entropy)
+        now = self.policy(microbatch.sequences, distribution.temperature, self._suppressed, entropy)
         policy = policy_loss(
-            now.logprobs, piece.proximal, piece.advantages, piece.importance, piece.mask, config.clip_range
+            now.logprobs,
+            microbatch.proximal,
+            microbatch.advantages,
+            microbatch.importance,
+            microbatch.mask,
+            config.clip_range,
         )
         loss = policy.loss - config.entropy_coefficient * now.entropy.sum()
         value = torch.zeros(())
         if config.estimator == "gae":
-            value = value_loss(now.values, piece.values, piece.returns, piece.mask, config.value_clip_range)
+            value = value_loss(
+                now.values, microbatch.values, microbatch.returns, microbatch.mask, config.value_clip_range
+            )
             loss = loss + config.value_coefficient * value
         (loss / tokens).backward()
         return torch.stack([x.detach().float().cpu() for x in (policy.loss, value, policy.clipped, policy.approx_kl)])
 
     @torch.no_grad()
     def _forward_without_gradient(self, sequences: Sequences, reference: bool) -> TokenValues:
-        """The whole batch in pieces of similar length; entropy only for the policy."""
+        """The whole batch in microbatches of similar length; entropy only for the policy."""
         self.policy.set_dropout(False)
         shape = sequences.response_mask().shape
         whole = TokenValues(*(torch.zeros(shape, device=self._device) for _ in range(3)))
         everything = torch.arange(shape[0], device=self._device)
         parts = self.config.minibatches * self.config.gradient_accumulation
-        for index in self._by_length(sequences, everything, max(1, shape[0] // parts)):
+        for index in self._microbatches(sequences, everything, max(1, shape[0] // parts)):
             entropy = "none" if reference else "value"
-            piece = self.policy(
-                sequences.rows(index), self._law.temperature, self._suppressed, entropy, reference=reference
+            microbatch = self.policy(
+                sequences.rows(index), self._distribution.temperature, self._suppressed, entropy, reference=reference
             )
-            for name, tensor in vars(piece).items():
+            for name, tensor in vars(microbatch).items():
                 getattr(whole, name)[index, : tensor.shape[1]] = tensor
         return whole
 
@@ -255,8 +279,8 @@ class PPO:
             yield from order.chunk(self.config.minibatches)
 
     @staticmethod
-    def _by_length(sequences: Sequences, index: Tensor, size: int) -> list[Tensor]:
-        """`index` in pieces of `size` rows of similar length, so that little of a piece is padding."""
+    def _microbatches(sequences: Sequences, index: Tensor, size: int) -> list[Tensor]:
+        """`index` in microbatches of `size` rows of similar length, so that little of a microbatch is padding."""
         lengths = (sequences.prompt_lengths + sequences.response_lengths)[index]
         return list(index[lengths.argsort()].split(size))
 

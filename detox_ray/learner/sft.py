@@ -120,12 +120,12 @@ class SFT:
         return float(summed / tokens)
 
     def _losses(self, examples: Sequence[TokenizedExample]) -> Iterator[Tensor]:
-        """[] of every piece of the examples; equally many on all learners, which a sharded base needs."""
-        pieces = list(pieces_by_length(examples, self._microbatch_tokens))
-        most = int(max_over_learners(torch.tensor(len(pieces), device=self._device)))
-        yield from map(self._negative_logprob, pieces)
+        """[] of every microbatch of the examples; equally many on all learners, which a sharded base needs."""
+        microbatches = list(microbatches_by_length(examples, self._microbatch_tokens))
+        most = int(max_over_learners(torch.tensor(len(microbatches), device=self._device)))
+        yield from map(self._negative_logprob, microbatches)
         idle = TokenizedExample(np.array([self._pad_id]), np.array([self._pad_id]))
-        for _ in range(len(pieces), most):
+        for _ in range(len(microbatches), most):
             yield 0.0 * self._negative_logprob([idle])
 
     def _negative_logprob(self, examples: Sequence[TokenizedExample]) -> Tensor:
@@ -182,19 +182,19 @@ def steps_of_a_pass(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
-def pieces_by_length(examples: Sequence[TokenizedExample], max_tokens: int) -> Iterator[list[TokenizedExample]]:
-    """The examples in pieces of similar length, so that little of a piece is padding.
+def microbatches_by_length(examples: Sequence[TokenizedExample], max_tokens: int) -> Iterator[list[TokenizedExample]]:
+    """The examples in microbatches of similar length, so that little of a microbatch is padding.
 
-    A piece has at most `max_tokens` tokens with its padding, or a single example.
+    A microbatch has at most `max_tokens` tokens with its padding, or a single example.
     """
-    piece: list[TokenizedExample] = []
+    microbatch: list[TokenizedExample] = []
     for example in sorted(examples, key=len):
-        if piece and (len(piece) + 1) * len(example) > max_tokens:
-            yield piece
-            piece = []
-        piece.append(example)
-    if piece:
-        yield piece
+        if microbatch and (len(microbatch) + 1) * len(example) > max_tokens:
+            yield microbatch
+            microbatch = []
+        microbatch.append(example)
+    if microbatch:
+        yield microbatch
 
 
 def share_of(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:

@@ -16,7 +16,7 @@ from detox_ray.errors import DivergenceError
 from detox_ray.learner.checkpoint_folder import is_kept, keep_adapter
 from detox_ray.learner.checkpoints import leave_failure, resume, save_checkpoint
 from detox_ray.learner.distributed import on_first_learner, world
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.learner.recovery import Recovery, refuse_collapsed, refuse_not_finite
 from detox_ray.metrics_file import (
     CHECKPOINT_FOLDER,
@@ -92,7 +92,7 @@ def _train(task: LearnerTask) -> None:
     config, run_dir, stream = task.config, Path(task.run_dir), task.stream
     torch.set_num_threads(config.train.threads)
     policy = Policy(config.policy, get_device(), config.seed, config.train.shard_base, config.train.compile)
-    ppo = PPO(policy, config.ppo, _sampling_law(task), task.pad_id, config.train.total_steps, config.seed)
+    ppo = PPO(policy, config.ppo, _sampling_distribution(task), task.pad_id, config.train.total_steps, config.seed)
     recovery = Recovery(ppo, run_dir)
     first_step = resume(recovery, run_dir / CHECKPOINT_FOLDER)
     last_step = config.train.total_steps - 1
@@ -225,9 +225,9 @@ def _share(batch: ScoredBatch) -> tuple[Sequence[Rollout], np.ndarray]:
     return batch.rollouts[mine], batch.rewards[mine]
 
 
-def _sampling_law(task: LearnerTask) -> SamplingLaw:
+def _sampling_distribution(task: LearnerTask) -> SamplingDistribution:
     rollout = task.config.rollout
-    return SamplingLaw(
+    return SamplingDistribution(
         temperature=rollout.temperature,
         suppressed=task.end_ids if rollout.fixed_length else (),
         samples_per_prompt=rollout.samples_per_prompt,

@@ -8,20 +8,22 @@ import torch
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import DivergenceError, SyncError
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.ppo_config import KLConfig, PPOConfig
 from detox_ray.records import Rollout
 
 pytestmark = pytest.mark.unit
-LAW = SamplingLaw(temperature=1.0, suppressed=(), samples_per_prompt=2, max_logprob_gap=1e-3)
+DISTRIBUTION = SamplingDistribution(temperature=1.0, suppressed=(), samples_per_prompt=2, max_logprob_gap=1e-3)
 
 
-def learner(model: str, law: SamplingLaw = LAW, quantization: str = "none", **options: Any) -> PPO:
+def learner(
+    model: str, distribution: SamplingDistribution = DISTRIBUTION, quantization: str = "none", **options: Any
+) -> PPO:
     config = PPOConfig(**{"batch_size": 8, "epochs": 2, "minibatches": 2, "learning_rate": 1e-3, **options})
     policy = Policy(PolicyConfig(model=model, quantization=quantization), torch.device("cpu"))
-    return PPO(policy, config, law, pad_id=1, total_steps=10, seed=0)
+    return PPO(policy, config, distribution, pad_id=1, total_steps=10, seed=0)
 
 
 def rollouts_of(ppo: PPO, seed: int = 0, count: int = 8) -> list[Rollout]:
@@ -114,7 +116,7 @@ def test_a_nan_from_the_engine_is_refused(tiny_model: str) -> None:
 
 
 def test_masked_end_tokens_are_masked_in_the_learner_too(tiny_model: str) -> None:
-    ppo = learner(tiny_model, law=SamplingLaw(1.0, (0,), 2, 1e-3))
+    ppo = learner(tiny_model, distribution=SamplingDistribution(1.0, (0,), 2, 1e-3))
     rollouts = rollouts_of(ppo)
     sequences = collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], 1)
     with torch.no_grad():

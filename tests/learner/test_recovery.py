@@ -15,7 +15,7 @@ from detox_ray.config import Config, PolicyConfig, RewardConfig
 from detox_ray.errors import DivergenceError, StorageError
 from detox_ray.learner.checkpoint_folder import write_checkpoint
 from detox_ray.learner.checkpoints import resume
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.learner.recovery import Recovery, _copied, refuse_collapsed
 from detox_ray.learner.train_loop import LearnerTask, healthy_step
 from detox_ray.learner_config import TrainConfig
@@ -75,7 +75,7 @@ def learner(model: str, **divergence: Any) -> PPO:
         batch_size=8, epochs=1, minibatches=2, learning_rate=1e-2, divergence=DivergenceConfig(**divergence)
     )
     policy = Policy(PolicyConfig(model=model, quantization="none"), torch.device("cpu"))
-    return PPO(policy, config, SamplingLaw(1.0, (), 1, 1e-3), pad_id=1, total_steps=10, seed=0)
+    return PPO(policy, config, SamplingDistribution(1.0, (), 1, 1e-3), pad_id=1, total_steps=10, seed=0)
 
 
 def run(

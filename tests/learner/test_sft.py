@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig
-from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, pieces_by_length, steps_of_a_pass
+from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, microbatches_by_length, steps_of_a_pass
 from detox_ray.learner.sft_loop import _keep_best
 from detox_ray.policy.adapter import load_adapter, save_adapter
 from detox_ray.policy.policy import Policy
@@ -187,9 +187,11 @@ def test_every_pass_has_every_example_once_whatever_their_number(size: int) -> N
 
 def test_pieces_hold_what_fits_and_everything_once() -> None:
     batch = examples(40)
-    pieces = list(pieces_by_length(batch, 100))
-    assert sorted(map(id, (e for piece in pieces for e in piece))) == sorted(map(id, batch))
-    assert all(len(piece) == 1 or len(piece) * max(map(len, piece)) <= 100 for piece in pieces)
-    padded = sum(len(piece) * max(map(len, piece)) for piece in pieces)
+    microbatches = list(microbatches_by_length(batch, 100))
+    assert sorted(map(id, (e for microbatch in microbatches for e in microbatch))) == sorted(map(id, batch))
+    assert all(
+        len(microbatch) == 1 or len(microbatch) * max(map(len, microbatch)) <= 100 for microbatch in microbatches
+    )
+    padded = sum(len(microbatch) * max(map(len, microbatch)) for microbatch in microbatches)
     assert sum(map(len, batch)) / padded > 0.85
-    assert [len(piece) for piece in pieces_by_length(batch, 1)] == [1] * 40
+    assert [len(microbatch) for microbatch in microbatches_by_length(batch, 1)] == [1] * 40

@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.errors import SyncError
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.learner.sft import SFT
 from detox_ray.policy.adapter import save_adapter
 from detox_ray.policy.load import write_dequantized_base
@@ -47,9 +47,9 @@ def test_ppo_steps_on_what_the_engine_samples(tiny_t5: str, tmp_path: Path, quan
     if quantization == "nf4":
         served = str(write_dequantized_base(config, tmp_path / "base", CPU, torch.float32))
     engine = engine_of(served)
-    law = SamplingLaw(0.8, (), 2, max_logprob_gap=1e-4)
+    distribution = SamplingDistribution(0.8, (), 2, max_logprob_gap=1e-4)
     options = PPOConfig(batch_size=8, epochs=2, minibatches=2, gradient_accumulation=2, learning_rate=1e-3)
-    ppo = PPO(policy, options, law, PAD, total_steps=10, seed=0)
+    ppo = PPO(policy, options, distribution, PAD, total_steps=10, seed=0)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     rewards = np.random.default_rng(1).normal(size=8).astype(np.float32)
     for step in range(2):

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig
-from detox_ray.learner.ppo import PPO, SamplingLaw
+from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.policy.adapter import load_adapter, save_adapter
 from detox_ray.policy.policy import Policy, canary_of
 from detox_ray.policy.sequences import collate
@@ -44,8 +44,10 @@ def policy_from(start: Path, model: str, reference: str, quantization: str = "no
 
 
 def ppo_step(policy: Policy) -> dict[str, float]:
-    law = SamplingLaw(temperature=1.0, suppressed=(), samples_per_prompt=1, max_logprob_gap=1e-3)
-    ppo = PPO(policy, PPOConfig(batch_size=4, epochs=1, learning_rate=1e-2), law, pad_id=1, total_steps=1, seed=0)
+    distribution = SamplingDistribution(temperature=1.0, suppressed=(), samples_per_prompt=1, max_logprob_gap=1e-3)
+    ppo = PPO(
+        policy, PPOConfig(batch_size=4, epochs=1, learning_rate=1e-2), distribution, pad_id=1, total_steps=1, seed=0
+    )
     with torch.no_grad():
         logprobs = policy(collate(PROMPTS, RESPONSES, 1)).logprobs.numpy()
     rollouts = [
