@@ -83,7 +83,7 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     prompts = load_prompts(config.data, tokenizer, config.seed, learned)
 
     run = RunFolder.open(given)
-    if adapter is not None and run.checkpoints.exists():
+    if adapter is not None and run.has_results:
         # What the run wrote when it began says what it held out, whatever has become of the adapter's own folder.
         learned = learned_by(adapter, str(run.adapter))
         prompts = load_prompts(config.data, tokenizer, config.seed, learned)

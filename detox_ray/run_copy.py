@@ -20,7 +20,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalF
 
 from detox_ray.errors import ConfigError, StorageError
 from detox_ray.folder_lock import is_in_use
-from detox_ray.metrics_file import CHECKPOINT_FOLDER, CONFIG_FILE, MANIFEST_FILE
+from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, CONFIG_FILE, MANIFEST_FILE, STEPS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class RunCopy:
                     f"storage: the run in {self.address} has come to step {there + 1} and that in {folder} to step "
                     f"{here + 1}; remove {folder} to go on from the copy, or choose another name=..."
                 )
-            if there > here:
+            if there > here or (here < 0 and self._has_adapter() and not (folder / ADAPTER_FOLDER).exists()):
                 self._fetch(folder)
             self._write_lease(folder)
         except ConfigError:
@@ -72,13 +72,13 @@ class RunCopy:
             raise ConfigError(f"storage: {self.address} cannot be used ({_first_line(error)})") from None
 
     def config_tree(self) -> dict[str, Any] | None:
-        """The configuration of the run in the copy; None: it has none that came as far as a checkpoint.
+        """The configuration of the run in the copy; None: it has none that came as far as an adapter.
 
         Raises:
             ConfigError: the copy cannot be read.
         """
         try:
-            if _steps(self._files, self._root) < 0:
+            if _steps(self._files, self._root) < 0 and not self._has_adapter():
                 return None
             with self._files.open_input_stream(f"{self._root}/{CONFIG_FILE}") as file:
                 found = yaml.safe_load(file.read())
@@ -127,6 +127,10 @@ class RunCopy:
         except FileNotFoundError:
             return saved  # replaced or removed meanwhile: the next time tells
         return now
+
+    def _has_adapter(self) -> bool:
+        """Also a finished run does whose checkpoints were removed for their space."""
+        return self._files.get_file_info(f"{self._root}/{ADAPTER_FOLDER}/{STEPS_FILE}").type == FileType.File
 
     def _fetch(self, folder: Path) -> None:
         for name in sorted(self._listed(), key=_manifests_last):

@@ -21,7 +21,9 @@ from detox_ray.metrics_file import (
     ADAPTER_FOLDER,
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
+    EVALUATION_FILE,
     FAILURE_FILE,
+    FINE_TUNING_FILE,
     METRICS_FILE,
     STEPS_FILE,
     write_atomically,
@@ -70,6 +72,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINT_FOLDER
 
+    @property
+    def has_results(self) -> bool:
+        """Whether there is what was computed under its configuration, even if the checkpoints were removed."""
+        results = (CHECKPOINT_FOLDER, ADAPTER_FOLDER, EVALUATION_FILE, FINE_TUNING_FILE)
+        return any((self.path / name).exists() for name in results)
+
     def dequantized_base(self, policy: PolicyConfig, dtype: str) -> Path:
         """Of one base in one precision, such as `bfloat16`: a folder of evaluations may hold several."""
         return self.path / f"dequantized_base-{hashlib.sha256((policy.base_identity + dtype).encode()).hexdigest()[:8]}"
@@ -93,10 +101,10 @@ class RunFolder:
                 if (tree := copy.config_tree()) is not None:
                     _refuse_another(copy.address, _parse_kind(copy.address, tree, type(config)), config)
                 copy.open(run.path)
-            if run.config_file.exists() and run.checkpoints.exists():
+            if run.config_file.exists() and run.has_results:
                 _refuse_another(str(run.path), run.read_config(type(config)), config)
             else:
-                # A run that has not come as far as a checkpoint has nothing to lose, and may become another.
+                # A run that has not come as far as an adapter has nothing to lose, and may become another.
                 (run.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
             write_atomically(run.config_file, dump_config(config))
             (run.path / FAILURE_FILE).unlink(missing_ok=True)
@@ -166,7 +174,7 @@ class RunFolder:
 
     def read_evaluation(self, steps: int) -> dict[str, Any] | None:
         """The content of evaluation.json, if it is of an adapter trained for `steps` steps and the report is there."""
-        path = self.path / "evaluation.json"
+        path = self.path / EVALUATION_FILE
         if not path.exists() or not (self.path / "report.html").exists():
             return None
         evaluation = json.loads(path.read_text(encoding="utf-8"))

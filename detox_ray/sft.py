@@ -123,7 +123,7 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     learned = learned_by(adapter)
     examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned)
     run = RunFolder.open(given)
-    if adapter is not None and run.checkpoints.exists():
+    if adapter is not None and run.has_results:
         learned = learned_by(adapter, str(run.adapter))  # as in a detoxification
         examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned)
     write_learned(run.path, examples.learned, learned)

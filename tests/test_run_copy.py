@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_a_run_goes_on_where_its_folder_is_not(storage: str, tmp_path: Path) -> 
     found = last_whole_checkpoint(there / "checkpoints")
     assert found is not None
     assert found[0] == 2
+
+
+def test_a_finished_run_without_checkpoints_is_there_too(storage: str, tmp_path: Path) -> None:
+    here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
+    shutil.rmtree(here / "checkpoints")
+    (here / "adapter").mkdir()
+    (here / "adapter" / "steps.txt").write_text("3")
+    with kept(here, storage, "one"):
+        pass
+    assert RunCopy(storage, "one").config_tree() == {"name": "one"}
+    RunCopy(storage, "one").open(there)
+    assert content(there) == content(here)
 
 
 def test_what_a_run_removes_is_removed_and_what_it_changes_is_changed(storage: str, tmp_path: Path) -> None:
