@@ -50,12 +50,8 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
         DetoxError: a process of it crashed too often.
     """
     terminal = Terminal(quiet)
-    plan = prepare(config, terminal)
-    try:
-        with kept(plan.run.path, plan.config.storage, plan.config.name):
-            return run(plan, terminal)
-    finally:
-        plan.run.release()
+    with prepare(config, terminal) as plan, kept(plan.run.copy, plan.run.path):
+        return run(plan, terminal)
 
 
 def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 import pyarrow
@@ -46,6 +47,7 @@ class RunCopy:
         self.address = f"{storage.rstrip('/')}/{name}"
         self._files, root = _file_system(storage)
         self._root = f"{root.rstrip('/')}/{name}"
+        self._owner = uuid4().hex
         self._saved: dict[str, tuple[int, int] | None] | None = None
         self._folders: set[str] = set()
 
@@ -112,9 +114,11 @@ class RunCopy:
             ) from None
 
     def release(self) -> None:
-        """Let others use the copy at once."""
+        """Let others use the copy at once, unless they do already."""
         with suppress(Exception):
-            self._files.delete_file(f"{self._root}/{LEASE_FILE}")
+            lease = self._read_lease()
+            if lease is not None and lease.get("owner") == self._owner:
+                self._files.delete_file(f"{self._root}/{LEASE_FILE}")
 
     def _save_file(self, folder: Path, name: str, saved: tuple[int, int] | None) -> tuple[int, int] | None:
         """Save it if it is not as it was; size and time of what is saved now."""
@@ -152,11 +156,14 @@ class RunCopy:
 
     def _write_lease(self, folder: Path) -> None:
         with self._output(LEASE_FILE) as file:
-            lease = {"host": socket.gethostname(), "folder": str(folder), "pid": os.getpid(), "time": time.time()}
-            file.write(json.dumps(lease).encode())
+            who = {"owner": self._owner, "host": socket.gethostname(), "folder": str(folder), "pid": os.getpid()}
+            file.write(json.dumps({**who, "time": time.time()}).encode())
+
+    def _read_lease(self) -> dict[str, Any] | None:
+        return _read_json(self._files, f"{self._root}/{LEASE_FILE}")
 
     def _refuse_in_use(self) -> None:
-        lease = _read_json(self._files, f"{self._root}/{LEASE_FILE}")
+        lease = self._read_lease()
         # On one host the lock of the folder tells that the copy is of.
         if lease is None:
             return
@@ -172,16 +179,16 @@ class RunCopy:
 
 
 @contextmanager
-def kept(folder: Path, storage: str | None, name: str) -> Iterator[None]:
-    """While the block runs, and once more behind it, save the folder to `storage/name`; None: do nothing.
+def kept(copy: RunCopy | None, folder: Path) -> Iterator[None]:
+    """While the block runs, and once more behind it, save the folder to its copy; None: do nothing.
 
     Raises:
         StorageError: it could not be saved at the end; failures on the way are logged and made up for.
     """
-    if storage is None:
+    if copy is None:
         yield
         return
-    copy, ended = RunCopy(storage, name), threading.Event()
+    ended = threading.Event()
 
     def save_or_log() -> None:
         try:
@@ -201,12 +208,10 @@ def kept(folder: Path, storage: str | None, name: str) -> Iterator[None]:
         ended.set()
         thread.join()
         save_or_log()  # what ended the block is what its user must hear of
-        copy.release()
         raise
     ended.set()
     thread.join()
     copy.save(folder)
-    copy.release()
 
 
 def _file_system(storage: str) -> tuple[FileSystem, str]:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ class RunFolder:
     """The paths in a run folder, and what is read from and written to them."""
 
     path: Path
+    copy: RunCopy | None = None  # in `storage`, while the run is open
 
     @property
     def config_file(self) -> Path:
@@ -87,49 +90,58 @@ class RunFolder:
         return self.path / "ray-logs"
 
     @classmethod
-    def open(cls, config: RunSettings) -> "RunFolder":
-        """The folder of a new run, or of the run to continue; another process cannot open it at the same time.
+    @contextmanager
+    def open(cls, config: RunSettings) -> Iterator["RunFolder"]:
+        """The folder of a new run, or of the run to continue, and its copy in `storage`: this process's for the block.
 
         Raises:
             ConfigError: it holds a run with another configuration, is in use, or cannot be written; or so does, is or
                 can its copy in `storage`.
         """
-        run = cls.claim(config.run_dir)
+        copy = RunCopy(config.storage, config.name) if config.storage is not None else None
+        with cls.claim(config.run_dir) as run:
+            try:
+                if copy is not None:
+                    if (tree := copy.config_tree()) is not None:
+                        _refuse_another(copy.address, _parse_kind(copy.address, tree, type(config)), config)
+                    copy.open(run.path)
+                run._begin(config)
+                yield replace(run, copy=copy)
+            finally:
+                if copy is not None:
+                    copy.release()
+
+    def _begin(self, config: RunSettings) -> None:
         try:
-            if config.storage is not None:
-                copy = RunCopy(config.storage, config.name)
-                if (tree := copy.config_tree()) is not None:
-                    _refuse_another(copy.address, _parse_kind(copy.address, tree, type(config)), config)
-                copy.open(run.path)
-            if run.config_file.exists() and run.has_results:
-                _refuse_another(str(run.path), run.read_config(type(config)), config)
+            if self.config_file.exists() and self.has_results:
+                _refuse_another(str(self.path), self.read_config(type(config)), config)
             else:
                 # A run that has not come as far as an adapter has nothing to lose, and may become another.
-                (run.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
-            write_atomically(run.config_file, dump_config(config))
-            (run.path / FAILURE_FILE).unlink(missing_ok=True)
-        except ConfigError:
-            run.release()
-            raise
+                (self.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
+            write_atomically(self.config_file, dump_config(config))
+            (self.path / FAILURE_FILE).unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(f"output_dir: {run.path} cannot be written ({error.strerror})") from None
-        return run
+            raise ConfigError(f"output_dir: {self.path} cannot be written ({error.strerror})") from None
 
     @classmethod
-    def claim(cls, path: Path) -> "RunFolder":
-        """The folder for this process alone, made if need be; our log lines go to its `run.log`.
+    @contextmanager
+    def claim(cls, path: Path) -> Iterator["RunFolder"]:
+        """The folder, made if need be, for this process alone during the block; our log lines go to its `run.log`.
 
         Raises:
             ConfigError: it is in use by another process, cannot be written, or would be deleted by Ray.
         """
         check_usable(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock(path)
-            log_to(path)
-        except OSError as error:
-            raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
-        return cls(path)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                lock(path)
+                log_to(path)
+            except OSError as error:
+                raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
+            yield cls(path)
+        finally:
+            release(path)
 
     @classmethod
     def existing(cls, path: str | Path) -> "RunFolder":
@@ -142,10 +154,6 @@ class RunFolder:
         if not run.config_file.exists():
             raise ConfigError(f"{path} is no run folder (no config.yaml in it); give a folder such as runs/demo")
         return run
-
-    def release(self) -> None:
-        """Let other processes open the folder."""
-        release(self.path)
 
     def read_config(self, kind: type[S]) -> S:
         """The configuration the run was started with.

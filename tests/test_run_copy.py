@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,22 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@contextmanager
+def copied(folder: Path, storage: str) -> Iterator[None]:
+    """The folder as it is during a run."""
+    copy = RunCopy(storage, "one")
+    copy.open(folder)
+    with kept(copy, folder):
+        yield
+    copy.release()
+
+
 def test_a_run_goes_on_where_its_folder_is_not(storage: str, tmp_path: Path) -> None:
     here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
     for left_out in (".lock", "ray-logs/worker.log", "dequantized_base-1/model.safetensors", "adapter.7.tmp/x"):
         (here / left_out).parent.mkdir(exist_ok=True, parents=True)
         (here / left_out).write_text("not for others")
-    with kept(here, storage, "one"):
+    with copied(here, storage):
         (here / "report.html").write_text("made while it ran")
     RunCopy(storage, "one").open(there)
     expected = {name: data for name, data in content(here).items() if data != b"not for others"}
@@ -67,7 +78,7 @@ def test_a_finished_run_without_checkpoints_is_there_too(storage: str, tmp_path:
     shutil.rmtree(here / "checkpoints")
     (here / "adapter").mkdir()
     (here / "adapter" / "steps.txt").write_text("3")
-    with kept(here, storage, "one"):
+    with copied(here, storage):
         pass
     assert RunCopy(storage, "one").config_tree() == {"name": "one"}
     RunCopy(storage, "one").open(there)
@@ -76,11 +87,11 @@ def test_a_finished_run_without_checkpoints_is_there_too(storage: str, tmp_path:
 
 def test_what_a_run_removes_is_removed_and_what_it_changes_is_changed(storage: str, tmp_path: Path) -> None:
     here = make_run(tmp_path / "here", 3)
-    with kept(here, storage, "one"):
+    with copied(here, storage):
         pass
     (here / "checkpoints" / "checkpoint_3").rename(tmp_path / "gone")
     make_run(here, 6)
-    with kept(here, storage, "one"):
+    with copied(here, storage):
         pass
     RunCopy(storage, "one").open(tmp_path / "there")
     assert content(tmp_path / "there") == content(here)
@@ -89,7 +100,7 @@ def test_what_a_run_removes_is_removed_and_what_it_changes_is_changed(storage: s
 def test_a_checkpoint_is_whole_in_the_copy_last(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The copying is cut short before each file in turn: there is always a whole checkpoint to go on from."""
     here = make_run(tmp_path / "here", 3)
-    with kept(here, storage, "one"):
+    with copied(here, storage):
         pass
     (here / "checkpoints" / "checkpoint_3").rename(tmp_path / "gone")
     make_run(here, 6)
@@ -134,7 +145,7 @@ def test_a_file_that_goes_away_while_it_is_copied(
 
 
 def test_a_folder_that_is_behind_its_copy_is_refused(storage: str, tmp_path: Path) -> None:
-    with kept(make_run(tmp_path / "ahead", 6), storage, "one"):
+    with copied(make_run(tmp_path / "ahead", 6), storage):
         pass
     behind = make_run(tmp_path / "behind", 3)
     before = content(behind)
@@ -161,7 +172,7 @@ def test_a_copy_in_use_on_another_host_is_refused_until_its_user_is_silent(
 
 
 def test_a_release_lets_others_in_at_once(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with kept(make_run(tmp_path / "here", 3), storage, "one"):
+    with copied(make_run(tmp_path / "here", 3), storage):
         pass
     monkeypatch.setattr(run_copy.socket, "gethostname", lambda: "another")
     RunCopy(storage, "one").open(tmp_path / "there")
@@ -174,23 +185,33 @@ def test_failures_on_the_way_are_logged_and_made_up_for(
     here, store = make_run(tmp_path / "here", 3), tmp_path / "store"
     monkeypatch.setattr(run_copy, "SAVE_EVERY_S", 0.05)
     monkeypatch.setattr(logging.getLogger("detox_ray"), "propagate", True)
-    store.write_text("a file, where a folder is needed")
-    with kept(here, f"file://{store}", "one"):
+    with copied(here, f"file://{store}"), unreachable(store):
         deadline = time.monotonic() + 20
         while "cannot be written" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        store.unlink()
     assert json.loads((store / "one" / "checkpoints" / "checkpoint_3" / "manifest.json").read_text())["step"] == 2
+
+
+@contextmanager
+def unreachable(store: Path) -> Iterator[None]:
+    """A file, where a folder is needed."""
+    store.rename(store.with_name("aside"))
+    store.write_text("")
+    yield
+    store.unlink()
+    store.with_name("aside").rename(store)
 
 
 def test_what_ends_a_run_is_not_hidden_by_a_copy_that_fails(tmp_path: Path) -> None:
     here, store = make_run(tmp_path / "here", 3), tmp_path / "store"
-    store.write_text("a file, where a folder is needed")
-    with pytest.raises(ZeroDivisionError), kept(here, f"file://{store}", "one"):
-        _ = 1 / 0
-    with pytest.raises(StorageError, match="cannot be written"), kept(here, f"file://{store}", "one"):
-        pass
+    copy = RunCopy(f"file://{store}", "one")
+    copy.open(here)
+    with unreachable(store):
+        with pytest.raises(ZeroDivisionError), kept(copy, here):
+            _ = 1 / 0
+        with pytest.raises(StorageError, match="cannot be written"), kept(copy, here):
+            pass
 
 
 def test_what_cannot_be_opened_is_one_clear_line(tmp_path: Path) -> None:
