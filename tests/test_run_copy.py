@@ -137,6 +137,7 @@ def test_a_file_that_goes_away_while_it_is_copied(
 ) -> None:
     here, copy, names = make_run(tmp_path / "here", 3), RunCopy(storage, "one"), run_copy._files_of
     monkeypatch.setattr(run_copy, "_files_of", lambda folder: [*names(folder), "gone.txt"])
+    copy.open(here)
     copy.save(here)
     monkeypatch.undo()
     copy.save(here)
@@ -177,6 +178,94 @@ def test_a_release_lets_others_in_at_once(storage: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(run_copy.socket, "gethostname", lambda: "another")
     RunCopy(storage, "one").open(tmp_path / "there")
     assert (tmp_path / "there" / "config.yaml").exists()
+
+
+def open_elsewhere(storage: str, folder: Path) -> RunCopy:
+    """The copy as a process on another host opens it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_copy.socket, "gethostname", lambda: f"host-of-{folder.name}")
+        copy = RunCopy(storage, "one")
+        copy.open(folder)
+    return copy
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_who_was_silent_too_long_changes_nothing_any_more(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
+    silent = RunCopy(storage, "one")
+    silent.open(here)
+    silent.save(here)
+    now = time.time()
+    monkeypatch.setattr(run_copy.time, "time", lambda: now + LEASE_S + 1)
+    other = open_elsewhere(storage, there)
+    other.save(make_run(there, 6))
+    if ended:
+        other.release()
+    (here / "metrics.jsonl").write_text("what must not be in the copy")
+    with pytest.raises(
+        StorageError, match=r"was taken over by process \d+ on host-of-there, as may happen after 120 s"
+    ):
+        silent.save(here)
+    silent.release()
+    other.save(there)
+    other.release()
+    open_elsewhere(storage, tmp_path / "third")
+    assert content(tmp_path / "third") == content(there)
+
+
+def test_of_two_that_open_a_copy_at_once_one_is_refused(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with copied(make_run(tmp_path / "here", 3), storage):
+        pass
+    fetch, refused_in_use = RunCopy._fetch, RunCopy._refuse_in_use
+
+    def meanwhile(copy: RunCopy, folder: Path) -> None:
+        monkeypatch.setattr(RunCopy, "_refuse_in_use", lambda _: None)  # the other had asked before
+        monkeypatch.setattr(RunCopy, "_fetch", fetch)
+        open_elsewhere(storage, tmp_path / "there")
+        monkeypatch.setattr(RunCopy, "_refuse_in_use", refused_in_use)
+        fetch(copy, folder)
+
+    monkeypatch.setattr(RunCopy, "_fetch", meanwhile)
+    with pytest.raises(StorageError, match=r"was taken over by process \d+ on host-of-there"):
+        RunCopy(storage, "one").open(tmp_path / "again")
+
+
+def test_a_run_that_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, storage = make_run(tmp_path / "here", 3), f"file://{tmp_path / 'store'}"
+    monkeypatch.setattr(run_copy, "SAVE_EVERY_S", 0.05)
+    monkeypatch.setattr(run_copy, "LEASE_S", -1)
+    copy, started = RunCopy(storage, "one"), time.monotonic()
+    copy.open(here)
+    open_elsewhere(storage, tmp_path / "there")
+    with pytest.raises(StorageError, match="was taken over by"), kept(copy, here):
+        time.sleep(60)  # as who waits for Ray
+    assert time.monotonic() - started < 30
+
+
+def test_a_slow_copy_is_in_use_all_the_time(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece of a file takes nearly as long as a lease lasts; others ask after each of them."""
+    here, now, pieces, keep_lease = make_run(tmp_path / "here", 3), time.time(), 0, RunCopy._keep_lease
+
+    def later(copy: RunCopy) -> None:
+        nonlocal now, pieces
+        now, pieces = now + LEASE_S * 0.9, pieces + 1
+        with pytest.raises(ConfigError, match="is in use by process"):
+            open_elsewhere(storage, tmp_path / "other")
+        keep_lease(copy)
+
+    copy, files = open_elsewhere(storage, here), len(content(here))
+    monkeypatch.setattr(run_copy.time, "time", lambda: now)
+    monkeypatch.setattr(RunCopy, "_keep_lease", later)
+    copy.save(here)
+    assert pieces >= files
+    copy.release()
+    open_elsewhere(storage, tmp_path / "there")
+    assert pieces >= 3 * files
+    assert not (tmp_path / "other").exists()
 
 
 def test_failures_on_the_way_are_logged_and_made_up_for(

@@ -49,7 +49,7 @@ def test_a_training_that_is_refused_holds_nothing(given: dict[str, Any], tmp_pat
     with pytest.raises(ConfigError, match="does not answer"):
         train(parse_section(Config, given | parts), quiet=True)
     assert is_free(tmp_path / "runs" / "run")
-    assert list((tmp_path / "store" / "run").iterdir()) == []
+    assert json.loads((tmp_path / "store" / "run" / "in_use.json").read_text())["time"] == 0
 
 
 def test_a_fine_tuning_that_is_refused_holds_nothing(given: dict[str, Any], tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_fine_tuning_that_is_refused_holds_nothing(given: dict[str, Any], tmp_
     with pytest.raises(ConfigError, match=r"cannot be written \(Is a directory\)"):
         fine_tune(parse_section(SFTConfig, config), quiet=True)
     assert is_free(tmp_path / "runs" / "run")
-    assert list((tmp_path / "store" / "run").iterdir()) == []
+    assert json.loads((tmp_path / "store" / "run" / "in_use.json").read_text())["time"] == 0
 
 
 def test_an_evaluation_that_is_refused_holds_nothing(tmp_path: Path) -> None:
