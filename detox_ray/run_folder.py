@@ -4,12 +4,15 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import TypeAdapter
 
 from detox_ray import errors
@@ -49,6 +52,7 @@ CLASSIFIER_PLACEMENT = (
 CALIBRATIONS_FILE = "calibrations.json"
 FITTED = TypeAdapter(dict[str, Calibration])
 LOG_FILE = "run.log"
+UNFINISHED = re.compile(rf"({ADAPTER_FOLDER}|dequantized_base-[^.]+)\.(\d+)\.(tmp|old)")  # by which process
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 
 
@@ -137,6 +141,7 @@ class RunFolder:
                 path.mkdir(parents=True, exist_ok=True)
                 lock(path)
                 log_to(path)
+                _remove_unfinished(path)
             except OSError as error:
                 raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
             yield cls(path)
@@ -198,6 +203,19 @@ class RunFolder:
         if path.exists():
             failure = json.loads(path.read_text(encoding="utf-8"))
             raise getattr(errors, failure["type"], DetoxError)(failure["message"])
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes had begun to write; an adapter that was being replaced stays if it is the last one.
+
+    Processes that do not hold the folder, such as an export, write dequantised bases too: the living ones are spared.
+    """
+    for path in folder.iterdir():
+        name = UNFINISHED.fullmatch(path.name)
+        if name is None or psutil.pid_exists(int(name[2])):
+            continue
+        if name[3] == "tmp" or (folder / name[1]).exists():
+            shutil.rmtree(path)
 
 
 def _parse_kind(where: str, tree: dict[str, Any], kind: type[S]) -> S:

@@ -1,7 +1,10 @@
-"""Who has a run folder: nobody any more once a command has ended, however it ended."""
+"""Who has a run folder: nobody any more once a command has ended, however it ended; and what killed ones left."""
 
 import fcntl
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 
 from detox_ray import Config, ConfigError, evaluate, fine_tune, train
 from detox_ray.config_file import parse_section
+from detox_ray.run_folder import RunFolder
 from detox_ray.sft_config import SFTConfig
 
 pytestmark = pytest.mark.unit
@@ -66,3 +70,25 @@ def test_an_evaluation_that_is_refused_holds_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="scorers is empty, and no score is known"):
         evaluate(tmp_path / "answers.csv", [f"output_dir={tmp_path}", "scorers=[]"], quiet=True)
     assert is_free(tmp_path / "evaluation-answers")
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    alive = os.getppid()
+    gone = (f"dequantized_base-1a.{dead.pid}.tmp/x", f"adapter.{dead.pid}.tmp/x", f"adapter.{dead.pid}.old/x")
+    kept = ("adapter/x", f"dequantized_base-1a.{alive}.tmp/x", f"mine.{dead.pid}.old/x")
+    for name in (*gone, *kept):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    with RunFolder.claim(tmp_path):
+        assert [name for name in gone if (tmp_path / Path(name).parts[0]).exists()] == []
+        assert [name for name in kept if not (tmp_path / name).exists()] == []
+
+
+def test_the_last_adapter_of_a_run_is_not_removed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    (tmp_path / f"adapter.{dead.pid}.old").mkdir()
+    with RunFolder.claim(tmp_path):
+        assert (tmp_path / f"adapter.{dead.pid}.old").exists()
