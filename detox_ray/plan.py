@@ -87,7 +87,8 @@ def prepare(config: Config, terminal: Terminal) -> Iterator[Plan]:
 
     with RunFolder.open(given) as run:
         if adapter is not None and run.has_results:
-            # What the run wrote when it began says what it held out, whatever has become of the adapter's own folder.
+            # The run's own training prompts are among what it noted as learned when it began. Of all prompts this
+            # leaves exactly those it held out then, also where the adapter's own folder has changed or is gone.
             learned = learned_by(adapter, str(run.adapter))
             prompts = load_prompts(config.data, tokenizer, config.seed, learned)
         write_learned(run.path, prompts.learned, learned)

@@ -202,9 +202,9 @@ class RunCopy:
 
     def _refuse_in_use(self) -> None:
         lease = self._read_lease()
-        # On one host the lock of the folder tells that the copy is of.
         if lease is None:
             return
+        # A lease of this host counts only while a process holds the lock of the run folder that it names.
         folder = lease.get("folder")  # a lease of an earlier version has none
         if lease["host"] == socket.gethostname() and (folder is None or not is_in_use(Path(folder))):
             return
@@ -217,7 +217,7 @@ class RunCopy:
 
 
 @contextmanager
-def kept(copy: RunCopy | None, folder: Path) -> Iterator[None]:
+def mirrored_to_storage(copy: RunCopy | None, folder: Path) -> Iterator[None]:
     """While the block runs, and once more behind it, save the folder to its copy; None: do nothing.
 
     Raises:

@@ -99,8 +99,9 @@ class RunFolder:
         """The folder of a new run, or of the run to continue, and its copy in `storage`: this process's for the block.
 
         Raises:
-            ConfigError: it holds a run with another configuration, is in use, or cannot be written; or so does, is or
-                can its copy in `storage`.
+            ConfigError: the folder, or its copy in `storage`, holds a run with another configuration, is in use by
+                another process, or cannot be written.
+            TakenOverError: another process has begun to use the copy at the same time.
         """
         copy = RunCopy(config.storage, config.name) if config.storage is not None else None
         with cls.claim(config.run_dir) as run:

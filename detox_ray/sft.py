@@ -22,7 +22,7 @@ from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
 from detox_ray.reservation import Room, reserved
-from detox_ray.run_copy import kept
+from detox_ray.run_copy import mirrored_to_storage
 from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.sft_config import SFTConfig
 from detox_ray.terminal import Terminal, tuning_line
@@ -64,7 +64,7 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
         DetoxError: the run was stopped; the folder can be continued once the cause is mended.
     """
     terminal = Terminal(quiet)
-    with prepare(config, terminal) as plan, kept(plan.run.copy, plan.run.path):
+    with prepare(config, terminal) as plan, mirrored_to_storage(plan.run.copy, plan.run.path):
         return run(plan, terminal)
 
 

@@ -19,7 +19,7 @@ from detox_ray.errors import ConfigError, StorageError
 from detox_ray.folder_lock import LOCK_FILE
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, write_checkpoint
 from detox_ray.policy.adapter import Adapter, content_digest
-from detox_ray.run_copy import LEASE_S, RunCopy, kept
+from detox_ray.run_copy import LEASE_S, RunCopy, mirrored_to_storage
 
 pytestmark = pytest.mark.unit
 
@@ -53,7 +53,7 @@ def copied(folder: Path, storage: str) -> Iterator[None]:
     """The folder as it is during a run."""
     copy = RunCopy(storage, "one")
     copy.open(folder)
-    with kept(copy, folder):
+    with mirrored_to_storage(copy, folder):
         yield
     copy.release()
 
@@ -241,7 +241,7 @@ def test_a_run_that_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.Monk
     copy, started = RunCopy(storage, "one"), time.monotonic()
     copy.open(here)
     open_elsewhere(storage, tmp_path / "there")
-    with pytest.raises(StorageError, match="was taken over by"), kept(copy, here):
+    with pytest.raises(StorageError, match="was taken over by"), mirrored_to_storage(copy, here):
         time.sleep(60)  # as who waits for Ray
     assert time.monotonic() - started < 30
 
@@ -297,9 +297,9 @@ def test_what_ends_a_run_is_not_hidden_by_a_copy_that_fails(tmp_path: Path) -> N
     copy = RunCopy(f"file://{store}", "one")
     copy.open(here)
     with unreachable(store):
-        with pytest.raises(ZeroDivisionError), kept(copy, here):
+        with pytest.raises(ZeroDivisionError), mirrored_to_storage(copy, here):
             _ = 1 / 0
-        with pytest.raises(StorageError, match="cannot be written"), kept(copy, here):
+        with pytest.raises(StorageError, match="cannot be written"), mirrored_to_storage(copy, here):
             pass
 
 
