@@ -76,7 +76,8 @@ class RunCopy:
                 )
             self._lease["folder"] = str(folder)
             self._write_lease(time.time())
-            if there > here or (here < 0 and self._has_adapter() and not (folder / ADAPTER_FOLDER).exists()):
+            has_adapter = (folder / ADAPTER_FOLDER / STEPS_FILE).exists()
+            if there > here or (here < 0 and not has_adapter and self._has_adapter()):
                 self._fetch(folder)
             self._refuse_taken_over()
         except (ConfigError, TakenOverError):
@@ -156,7 +157,7 @@ class RunCopy:
         return self._files.get_file_info(f"{self._root}/{ADAPTER_FOLDER}/{STEPS_FILE}").type == FileType.File
 
     def _fetch(self, folder: Path) -> None:
-        for name in sorted(self._listed(), key=_manifests_last):
+        for name in sorted(self._listed(), key=_notes_last):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with self._files.open_input_stream(f"{self._root}/{name}") as source, (folder / name).open("wb") as target:
                 while chunk := source.read(CHUNK_BYTES):
@@ -318,11 +319,12 @@ def _read_json(files: FileSystem, path: str) -> Any:
 def _files_of(folder: Path) -> list[str]:
     """What of a run folder is copied, in the order in which it is."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return sorted((name for name in names if not LEFT_OUT.search(name)), key=_manifests_last)
+    return sorted((name for name in names if not LEFT_OUT.search(name)), key=_notes_last)
 
 
-def _manifests_last(name: str) -> tuple[bool, str]:
-    return name.endswith(MANIFEST_FILE), name
+def _notes_last(name: str) -> tuple[bool, str]:
+    """What says that a checkpoint or an adapter is there comes after all the rest."""
+    return name.endswith((MANIFEST_FILE, STEPS_FILE)), name
 
 
 def _first_line(error: Exception) -> str:

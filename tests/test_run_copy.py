@@ -73,14 +73,33 @@ def test_a_run_goes_on_where_its_folder_is_not(storage: str, tmp_path: Path) -> 
     assert found[0] == 2
 
 
-def test_a_finished_run_without_checkpoints_is_there_too(storage: str, tmp_path: Path) -> None:
+def test_a_finished_run_without_checkpoints_is_there_too(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first attempt to fetch it breaks off, after any of its files."""
     here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
     shutil.rmtree(here / "checkpoints")
     (here / "adapter").mkdir()
     (here / "adapter" / "steps.txt").write_text("3")
+    (here / "evaluation.json").write_text("{}")
     with copied(here, storage):
         pass
     assert RunCopy(storage, "one").config_tree() == {"name": "one"}
+    keep_lease = RunCopy._keep_lease
+    for whole in range(len(content(here))):
+        left = whole
+
+        def break_off(copy: RunCopy) -> None:
+            nonlocal left
+            if left == 0:
+                raise OSError("the network is gone")
+            left -= 1
+            keep_lease(copy)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunCopy, "_keep_lease", break_off)
+            with pytest.raises(ConfigError, match="the network is gone"):
+                RunCopy(storage, "one").open(there)
     RunCopy(storage, "one").open(there)
     assert content(there) == content(here)
 
