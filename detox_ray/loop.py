@@ -21,7 +21,7 @@ from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rewards.ensemble import with_calibrations
 from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream, sampling_of
-from detox_ray.run_copy import kept
+from detox_ray.run_copy import mirrored_to_storage
 from detox_ray.schedule import Schedule
 from detox_ray.serving.app_guard import guard_app
 from detox_ray.serving.controller_watch import SHORTEST_PATIENCE_S, controller_watched
@@ -50,12 +50,8 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
         DetoxError: a process of it crashed too often.
     """
     terminal = Terminal(quiet)
-    plan = prepare(config, terminal)
-    try:
-        with kept(plan.run.path, plan.config.storage, plan.config.name):
-            return run(plan, terminal)
-    finally:
-        plan.run.release()
+    with prepare(config, terminal) as plan, mirrored_to_storage(plan.run.copy, plan.run.path):
+        return run(plan, terminal)
 
 
 def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:

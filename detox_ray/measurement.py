@@ -83,21 +83,19 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
         check_placements(needed, local_capacity(config.ray))
     files = _read_files(config, terminal)
     _refuse_two_scorers_of_one_name(config, files)
-    folder = RunFolder.claim(config.folder)
-    terminal.stage(f"evaluation folder {folder.path}")
-    bases = [_plan_base(systems, config, terminal) for systems in _by_base(config.systems)]
-    answers = {name: [file.responses for file in of_system] for name, of_system in files.items()}
-    if bases:
-        with ray_session(config.ray, partial(check_placements, needed), folder.ray_logs):
-            wait_in_words(needed, terminal)
-            for base in bases:
-                answers |= {r.name: [r] for r in _answers_on(base, config, folder, terminal)}
-    systems = [responses for system in config.systems for responses in answers[system.name]]
-    known = {file.responses.name: file.scores for of_system in files.values() for file in of_system}
-    steps = {"steps": folder.trained_steps()} if folder.adapter.exists() else {}
-    evaluation = judge_and_report(config, folder, systems, terminal, known, **steps)
-    folder.release()
-    return evaluation
+    with RunFolder.claim(config.folder) as folder:
+        terminal.stage(f"evaluation folder {folder.path}")
+        bases = [_plan_base(systems, config, terminal) for systems in _by_base(config.systems)]
+        answers = {name: [file.responses for file in of_system] for name, of_system in files.items()}
+        if bases:
+            with ray_session(config.ray, partial(check_placements, needed), folder.ray_logs):
+                wait_in_words(needed, terminal)
+                for base in bases:
+                    answers |= {r.name: [r] for r in _answers_on(base, config, folder, terminal)}
+        systems = [responses for system in config.systems for responses in answers[system.name]]
+        known = {file.responses.name: file.scores for of_system in files.values() for file in of_system}
+        steps = {"steps": folder.trained_steps()} if folder.adapter.exists() else {}
+        return judge_and_report(config, folder, systems, terminal, known, **steps)
 
 
 @contextmanager

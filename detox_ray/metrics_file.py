@@ -9,6 +9,7 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"  # by the judge, while it trains
 REJECTED_FILE = "rejected_steps.jsonl"  # why steps were rejected and what was done
 FAILURE_FILE = "failure.json"
+EVALUATION_FILE = "evaluation.json"  # what a run or an evaluation found, once it is complete
 FINE_TUNING_FILE = "fine_tuning.json"  # what became of a fine-tuning, once it is complete
 LEARNED_FILE = "learned_prompts.txt"  # digests of what the adapter was trained on; see `data.learned`
 DEV_PROMPTS_FILE = "dev_prompts.jsonl"  # the prompts of a fine-tuning's dev examples, as its model reads them

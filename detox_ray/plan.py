@@ -1,5 +1,7 @@
 """A run that is known to fit together, before anything expensive starts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
@@ -57,8 +59,9 @@ class Plan:
         return replace(self, engine=with_dequantized_base(self.engine, *parts))
 
 
-def prepare(config: Config, terminal: Terminal) -> Plan:
-    """Check what can be refused before it costs, read the prompts, open the run folder.
+@contextmanager
+def prepare(config: Config, terminal: Terminal) -> Iterator[Plan]:
+    """Check what can be refused before it costs, read the prompts, open the run folder for the block.
 
     Raises:
         ConfigError, DataError, ModelError: something does not fit.
@@ -82,19 +85,22 @@ def prepare(config: Config, terminal: Terminal) -> Plan:
     learned = learned_by(adapter)
     prompts = load_prompts(config.data, tokenizer, config.seed, learned)
 
-    run = RunFolder.open(given)
-    if adapter is not None and run.checkpoints.exists():
-        # What the run wrote when it began says what it held out, whatever has become of the adapter's own folder.
-        learned = learned_by(adapter, str(run.adapter))
-        prompts = load_prompts(config.data, tokenizer, config.seed, learned)
-    write_learned(run.path, prompts.learned, learned)
-    check_cluster_answers(config.ray)
-    terminal.stage(f"run folder {run.path}")
-    terminal.stage(f"{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts{_skipped(prompts)}")
-    terminal.stage(reason)
-    if adapter is not None and not is_known(adapter):
-        terminal.stage(f"caution: {adapter} lies in no run folder; what it was trained on may be among the held-out")
-    return Plan(config, run, prompts, engine, device)
+    with RunFolder.open(given) as run:
+        if adapter is not None and run.has_results:
+            # The run's own training prompts are among what it noted as learned when it began. Of all prompts this
+            # leaves exactly those it held out then, also where the adapter's own folder has changed or is gone.
+            learned = learned_by(adapter, str(run.adapter))
+            prompts = load_prompts(config.data, tokenizer, config.seed, learned)
+        write_learned(run.path, prompts.learned, learned)
+        check_cluster_answers(config.ray)
+        terminal.stage(f"run folder {run.path}")
+        terminal.stage(f"{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts{_skipped(prompts)}")
+        terminal.stage(reason)
+        if adapter is not None and not is_known(adapter):
+            terminal.stage(
+                f"caution: {adapter} lies in no run folder; what it was trained on may be among the held-out"
+            )
+        yield Plan(config, run, prompts, engine, device)
 
 
 def with_lab(config: S, terminal: Terminal) -> S:

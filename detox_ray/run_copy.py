@@ -4,14 +4,15 @@ import json
 import logging
 import os
 import re
-import shutil
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 import pyarrow
@@ -20,15 +21,22 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalF
 
 from detox_ray.errors import ConfigError, StorageError
 from detox_ray.folder_lock import is_in_use
-from detox_ray.metrics_file import CHECKPOINT_FOLDER, CONFIG_FILE, MANIFEST_FILE
+from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, CONFIG_FILE, MANIFEST_FILE, STEPS_FILE
 
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 30
 LEASE_S = 120  # a copy that nobody has written to for so long is in nobody's use
+RENEW_EVERY_S = 10
+CHUNK_BYTES = 16 * 2**20
 LEASE_FILE = "in_use.json"
 # Ray's logs, what can be made again, and what is being written or replaced.
 LEFT_OUT = re.compile(r"(^|/)(\.lock|ray-logs|dequantized_base-[^/]*|[^/]+\.\d+\.(tmp|old)|in_use\.json)(/|$)")
+INTERRUPT = signal.SIGUSR1  # not SIGINT, which a command in the background of a script ignores
+
+
+class TakenOverError(StorageError):
+    """Another process went on with the run in the copy, and what is in it must not be overwritten."""
 
 
 class RunCopy:
@@ -46,6 +54,8 @@ class RunCopy:
         self.address = f"{storage.rstrip('/')}/{name}"
         self._files, root = _file_system(storage)
         self._root = f"{root.rstrip('/')}/{name}"
+        self._lease = {"owner": uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self._renewed_at = 0.0
         self._saved: dict[str, tuple[int, int] | None] | None = None
         self._folders: set[str] = set()
 
@@ -54,6 +64,7 @@ class RunCopy:
 
         Raises:
             ConfigError: the copy is in use elsewhere, is ahead of a run in the folder, or cannot be read or written.
+            TakenOverError: another process has begun to use it at the same time.
         """
         try:
             self._refuse_in_use()
@@ -63,22 +74,25 @@ class RunCopy:
                     f"storage: the run in {self.address} has come to step {there + 1} and that in {folder} to step "
                     f"{here + 1}; remove {folder} to go on from the copy, or choose another name=..."
                 )
-            if there > here:
+            self._lease["folder"] = str(folder)
+            self._write_lease(time.time())
+            has_adapter = (folder / ADAPTER_FOLDER / STEPS_FILE).exists()
+            if there > here or (here < 0 and not has_adapter and self._has_adapter()):
                 self._fetch(folder)
-            self._write_lease(folder)
-        except ConfigError:
+            self._refuse_taken_over()
+        except (ConfigError, TakenOverError):
             raise
         except Exception as error:  # fsspec's file systems raise errors of their own
             raise ConfigError(f"storage: {self.address} cannot be used ({_first_line(error)})") from None
 
     def config_tree(self) -> dict[str, Any] | None:
-        """The configuration of the run in the copy; None: it has none that came as far as a checkpoint.
+        """The configuration of the run in the copy; None: it has none that came as far as an adapter.
 
         Raises:
             ConfigError: the copy cannot be read.
         """
         try:
-            if _steps(self._files, self._root) < 0:
+            if _steps(self._files, self._root) < 0 and not self._has_adapter():
                 return None
             with self._files.open_input_stream(f"{self._root}/{CONFIG_FILE}") as file:
                 found = yaml.safe_load(file.read())
@@ -92,10 +106,12 @@ class RunCopy:
         """Make the copy like the folder; a checkpoint becomes whole there last, and is removed after a newer one came.
 
         Raises:
+            TakenOverError: another process has gone on with the run; the copy is left as it is.
             StorageError: it cannot be written.
         """
         try:
-            self._write_lease(folder)
+            self._refuse_taken_over()
+            self._write_lease(time.time())
             if self._saved is None:
                 self._saved = dict.fromkeys(self._listed(), None)
             present = _files_of(folder)
@@ -103,8 +119,11 @@ class RunCopy:
                 if (saved := self._save_file(folder, name, self._saved.get(name))) is not None:
                     self._saved[name] = saved
             for name in self._saved.keys() - set(present):
+                self._keep_lease()
                 self._files.delete_file(f"{self._root}/{name}")
                 del self._saved[name]
+        except TakenOverError:
+            raise
         except Exception as error:
             raise StorageError(
                 f"storage: {self.address} cannot be written ({_first_line(error)}); the run is whole in {folder}: "
@@ -112,9 +131,11 @@ class RunCopy:
             ) from None
 
     def release(self) -> None:
-        """Let others use the copy at once."""
-        with suppress(Exception):
-            self._files.delete_file(f"{self._root}/{LEASE_FILE}")
+        """Let others use the copy at once, unless they do already."""
+        if self._renewed_at > 0:
+            with suppress(Exception):
+                self._refuse_taken_over()
+                self._write_lease(0.0)  # not removed: whoever it was taken from must hear of it
 
     def _save_file(self, folder: Path, name: str, saved: tuple[int, int] | None) -> tuple[int, int] | None:
         """Save it if it is not as it was; size and time of what is saved now."""
@@ -122,17 +143,26 @@ class RunCopy:
             found = (folder / name).stat()
             now = (found.st_size, found.st_mtime_ns)
             if now != saved:
+                self._keep_lease()
                 with (folder / name).open("rb") as source, self._output(name) as target:
-                    shutil.copyfileobj(source, target)
+                    while chunk := source.read(CHUNK_BYTES):
+                        target.write(chunk)
+                        self._keep_lease()
         except FileNotFoundError:
             return saved  # replaced or removed meanwhile: the next time tells
         return now
 
+    def _has_adapter(self) -> bool:
+        """Also a finished run does whose checkpoints were removed for their space."""
+        return self._files.get_file_info(f"{self._root}/{ADAPTER_FOLDER}/{STEPS_FILE}").type == FileType.File
+
     def _fetch(self, folder: Path) -> None:
-        for name in sorted(self._listed(), key=_manifests_last):
+        for name in sorted(self._listed(), key=_notes_last):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with self._files.open_input_stream(f"{self._root}/{name}") as source, (folder / name).open("wb") as target:
-                shutil.copyfileobj(source, target)
+                while chunk := source.read(CHUNK_BYTES):
+                    target.write(chunk)
+                    self._keep_lease()
 
     def _output(self, name: str) -> Any:
         path = f"{self._root}/{name}"
@@ -146,16 +176,36 @@ class RunCopy:
         names = [info.path.removeprefix(f"{self._root}/") for info in found if info.type == FileType.File]
         return [name for name in names if not LEFT_OUT.search(name)]
 
-    def _write_lease(self, folder: Path) -> None:
+    def _write_lease(self, now: float) -> None:
         with self._output(LEASE_FILE) as file:
-            lease = {"host": socket.gethostname(), "folder": str(folder), "pid": os.getpid(), "time": time.time()}
-            file.write(json.dumps(lease).encode())
+            file.write(json.dumps({**self._lease, "time": now}).encode())
+        self._renewed_at = now
+
+    def _keep_lease(self) -> None:
+        """Renew it where that is due; errors as `_refuse_taken_over`."""
+        if time.time() - self._renewed_at > RENEW_EVERY_S:
+            self._refuse_taken_over()
+            self._write_lease(time.time())
+
+    def _refuse_taken_over(self) -> None:
+        """Raises:
+        TakenOverError: the lease is another's by now.
+        """
+        lease = self._read_lease()
+        if lease is not None and lease.get("owner") != self._lease["owner"]:
+            raise TakenOverError(
+                f"storage: {self.address} was taken over by process {lease['pid']} on {lease['host']}, as may happen "
+                f"after {LEASE_S} s of silence; this process ends here and leaves it as it is"
+            )
+
+    def _read_lease(self) -> dict[str, Any] | None:
+        return _read_json(self._files, f"{self._root}/{LEASE_FILE}")
 
     def _refuse_in_use(self) -> None:
-        lease = _read_json(self._files, f"{self._root}/{LEASE_FILE}")
-        # On one host the lock of the folder tells that the copy is of.
+        lease = self._read_lease()
         if lease is None:
             return
+        # A lease of this host counts only while a process holds the lock of the run folder that it names.
         folder = lease.get("folder")  # a lease of an earlier version has none
         if lease["host"] == socket.gethostname() and (folder is None or not is_in_use(Path(folder))):
             return
@@ -168,41 +218,64 @@ class RunCopy:
 
 
 @contextmanager
-def kept(folder: Path, storage: str | None, name: str) -> Iterator[None]:
-    """While the block runs, and once more behind it, save the folder to `storage/name`; None: do nothing.
+def mirrored_to_storage(copy: RunCopy | None, folder: Path) -> Iterator[None]:
+    """While the block runs, and once more behind it, save the folder to its copy; None: do nothing.
 
     Raises:
+        TakenOverError: another process has gone on with the run, which ends the block at once.
         StorageError: it could not be saved at the end; failures on the way are logged and made up for.
     """
-    if storage is None:
+    if copy is None:
         yield
         return
-    copy, ended = RunCopy(storage, name), threading.Event()
+    ended = threading.Event()
+    lost: list[TakenOverError] = []
 
     def save_or_log() -> None:
         try:
             copy.save(folder)
         except StorageError as error:
             logger.warning("%s", error)
+            if isinstance(error, TakenOverError):
+                lost.append(error)
 
     def follow() -> None:
-        while not ended.wait(SAVE_EVERY_S):
+        while not lost and not ended.wait(SAVE_EVERY_S):
             save_or_log()
+        if lost:
+            interrupt()
 
     thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    except BaseException:
-        ended.set()
-        thread.join()
-        save_or_log()  # what ended the block is what its user must hear of
-        copy.release()
-        raise
-    ended.set()
-    thread.join()
+    with _interruptible() as interrupt:
+        thread.start()
+        try:
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
+        except BaseException:
+            if lost:
+                raise lost[0] from None
+            save_or_log()  # what ended the block is what its user must hear of
+            raise
     copy.save(folder)
-    copy.release()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """What another thread calls to end the block by KeyboardInterrupt, which alone gets out of Ray's waiting.
+
+    It does nothing where the block is not in the main thread, which alone can be interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    main, before = threading.get_ident(), signal.signal(INTERRUPT, signal.default_int_handler)
+    try:
+        yield lambda: signal.pthread_kill(main, INTERRUPT)
+    finally:
+        signal.signal(INTERRUPT, before or signal.SIG_DFL)
 
 
 def _file_system(storage: str) -> tuple[FileSystem, str]:
@@ -246,11 +319,12 @@ def _read_json(files: FileSystem, path: str) -> Any:
 def _files_of(folder: Path) -> list[str]:
     """What of a run folder is copied, in the order in which it is."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return sorted((name for name in names if not LEFT_OUT.search(name)), key=_manifests_last)
+    return sorted((name for name in names if not LEFT_OUT.search(name)), key=_notes_last)
 
 
-def _manifests_last(name: str) -> tuple[bool, str]:
-    return name.endswith(MANIFEST_FILE), name
+def _notes_last(name: str) -> tuple[bool, str]:
+    """What says that a checkpoint or an adapter is there comes after all the rest."""
+    return name.endswith((MANIFEST_FILE, STEPS_FILE)), name
 
 
 def _first_line(error: Exception) -> str:

@@ -4,10 +4,15 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import TypeAdapter
 
 from detox_ray import errors
@@ -21,7 +26,9 @@ from detox_ray.metrics_file import (
     ADAPTER_FOLDER,
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
+    EVALUATION_FILE,
     FAILURE_FILE,
+    FINE_TUNING_FILE,
     METRICS_FILE,
     STEPS_FILE,
     write_atomically,
@@ -45,6 +52,7 @@ CLASSIFIER_PLACEMENT = (
 CALIBRATIONS_FILE = "calibrations.json"
 FITTED = TypeAdapter(dict[str, Calibration])
 LOG_FILE = "run.log"
+UNFINISHED = re.compile(rf"({ADAPTER_FOLDER}|dequantized_base-[^.]+)\.(\d+)\.(tmp|old)")  # by which process
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 
 
@@ -53,6 +61,7 @@ class RunFolder:
     """The paths in a run folder, and what is read from and written to them."""
 
     path: Path
+    copy: RunCopy | None = None  # in `storage`, while the run is open
 
     @property
     def config_file(self) -> Path:
@@ -70,6 +79,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINT_FOLDER
 
+    @property
+    def has_results(self) -> bool:
+        """Whether there is what was computed under its configuration, even if the checkpoints were removed."""
+        results = (CHECKPOINT_FOLDER, ADAPTER_FOLDER, EVALUATION_FILE, FINE_TUNING_FILE)
+        return any((self.path / name).exists() for name in results)
+
     def dequantized_base(self, policy: PolicyConfig, dtype: str) -> Path:
         """Of one base in one precision, such as `bfloat16`: a folder of evaluations may hold several."""
         return self.path / f"dequantized_base-{hashlib.sha256((policy.base_identity + dtype).encode()).hexdigest()[:8]}"
@@ -79,49 +94,60 @@ class RunFolder:
         return self.path / "ray-logs"
 
     @classmethod
-    def open(cls, config: RunSettings) -> "RunFolder":
-        """The folder of a new run, or of the run to continue; another process cannot open it at the same time.
+    @contextmanager
+    def open(cls, config: RunSettings) -> Iterator["RunFolder"]:
+        """The folder of a new run, or of the run to continue, and its copy in `storage`: this process's for the block.
 
         Raises:
-            ConfigError: it holds a run with another configuration, is in use, or cannot be written; or so does, is or
-                can its copy in `storage`.
+            ConfigError: the folder, or its copy in `storage`, holds a run with another configuration, is in use by
+                another process, or cannot be written.
+            TakenOverError: another process has begun to use the copy at the same time.
         """
-        run = cls.claim(config.run_dir)
+        copy = RunCopy(config.storage, config.name) if config.storage is not None else None
+        with cls.claim(config.run_dir) as run:
+            try:
+                if copy is not None:
+                    if (tree := copy.config_tree()) is not None:
+                        _refuse_another(copy.address, _parse_kind(copy.address, tree, type(config)), config)
+                    copy.open(run.path)
+                run._begin(config)
+                yield replace(run, copy=copy)
+            finally:
+                if copy is not None:
+                    copy.release()
+
+    def _begin(self, config: RunSettings) -> None:
         try:
-            if config.storage is not None:
-                copy = RunCopy(config.storage, config.name)
-                if (tree := copy.config_tree()) is not None:
-                    _refuse_another(copy.address, _parse_kind(copy.address, tree, type(config)), config)
-                copy.open(run.path)
-            if run.config_file.exists() and run.checkpoints.exists():
-                _refuse_another(str(run.path), run.read_config(type(config)), config)
+            if self.config_file.exists() and self.has_results:
+                _refuse_another(str(self.path), self.read_config(type(config)), config)
             else:
-                # A run that has not come as far as a checkpoint has nothing to lose, and may become another.
-                (run.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
-            write_atomically(run.config_file, dump_config(config))
-            (run.path / FAILURE_FILE).unlink(missing_ok=True)
-        except ConfigError:
-            run.release()
-            raise
+                # A run that has not come as far as an adapter has nothing to lose, and may become another.
+                (self.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
+            write_atomically(self.config_file, dump_config(config))
+            (self.path / FAILURE_FILE).unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(f"output_dir: {run.path} cannot be written ({error.strerror})") from None
-        return run
+            raise ConfigError(f"output_dir: {self.path} cannot be written ({error.strerror})") from None
 
     @classmethod
-    def claim(cls, path: Path) -> "RunFolder":
-        """The folder for this process alone, made if need be; our log lines go to its `run.log`.
+    @contextmanager
+    def claim(cls, path: Path) -> Iterator["RunFolder"]:
+        """The folder, made if need be, for this process alone during the block; our log lines go to its `run.log`.
 
         Raises:
             ConfigError: it is in use by another process, cannot be written, or would be deleted by Ray.
         """
         check_usable(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock(path)
-            log_to(path)
-        except OSError as error:
-            raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
-        return cls(path)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                lock(path)
+                log_to(path)
+                _remove_unfinished(path)
+            except OSError as error:
+                raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
+            yield cls(path)
+        finally:
+            release(path)
 
     @classmethod
     def existing(cls, path: str | Path) -> "RunFolder":
@@ -134,10 +160,6 @@ class RunFolder:
         if not run.config_file.exists():
             raise ConfigError(f"{path} is no run folder (no config.yaml in it); give a folder such as runs/demo")
         return run
-
-    def release(self) -> None:
-        """Let other processes open the folder."""
-        release(self.path)
 
     def read_config(self, kind: type[S]) -> S:
         """The configuration the run was started with.
@@ -166,7 +188,7 @@ class RunFolder:
 
     def read_evaluation(self, steps: int) -> dict[str, Any] | None:
         """The content of evaluation.json, if it is of an adapter trained for `steps` steps and the report is there."""
-        path = self.path / "evaluation.json"
+        path = self.path / EVALUATION_FILE
         if not path.exists() or not (self.path / "report.html").exists():
             return None
         evaluation = json.loads(path.read_text(encoding="utf-8"))
@@ -182,6 +204,19 @@ class RunFolder:
         if path.exists():
             failure = json.loads(path.read_text(encoding="utf-8"))
             raise getattr(errors, failure["type"], DetoxError)(failure["message"])
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes had begun to write; an adapter that was being replaced stays if it is the last one.
+
+    Processes that do not hold the folder, such as an export, write dequantised bases too: the living ones are spared.
+    """
+    for path in folder.iterdir():
+        name = UNFINISHED.fullmatch(path.name)
+        if name is None or psutil.pid_exists(int(name[2])):
+            continue
+        if name[3] == "tmp" or (folder / name[1]).exists():
+            shutil.rmtree(path)
 
 
 def _parse_kind(where: str, tree: dict[str, Any], kind: type[S]) -> S:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +22,7 @@ from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
 from detox_ray.reservation import Room, reserved
-from detox_ray.run_copy import kept
+from detox_ray.run_copy import mirrored_to_storage
 from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.sft_config import SFTConfig
 from detox_ray.terminal import Terminal, tuning_line
@@ -62,12 +64,8 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
         DetoxError: the run was stopped; the folder can be continued once the cause is mended.
     """
     terminal = Terminal(quiet)
-    plan = prepare(config, terminal)
-    try:
-        with kept(plan.run.path, plan.config.storage, plan.config.name):
-            return run(plan, terminal)
-    finally:
-        plan.run.release()
+    with prepare(config, terminal) as plan, mirrored_to_storage(plan.run.copy, plan.run.path):
+        return run(plan, terminal)
 
 
 def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
@@ -94,8 +92,9 @@ def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
     return result
 
 
-def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
-    """Check what can be refused before it costs, read the examples, open the run folder.
+@contextmanager
+def prepare(config: SFTConfig, terminal: Terminal) -> Iterator[TuningPlan]:
+    """Check what can be refused before it costs, read the examples, open the run folder for the block.
 
     Raises:
         ConfigError, DataError, ModelError: something does not fit.
@@ -122,20 +121,20 @@ def prepare(config: SFTConfig, terminal: Terminal) -> TuningPlan:
     adapter = config.policy.adapter
     learned = learned_by(adapter)
     examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned)
-    run = RunFolder.open(given)
-    if adapter is not None and run.checkpoints.exists():
-        learned = learned_by(adapter, str(run.adapter))  # as in a detoxification
-        examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned)
-    write_learned(run.path, examples.learned, learned)
-    write_atomically(run.path / DEV_PROMPTS_FILE, dev_prompts(examples, tokenizer))
-    terminal.stage(f"run folder {run.path}")
-    terminal.stage(
-        f"{len(examples.train)} examples to train on and {len(examples.dev)} for the dev loss, read as "
-        f"{examples.format}, written with {examples.template}"
-    )
-    for reason, count in [*examples.left_out.items(), *examples.noted.items()]:
-        terminal.stage(f"{count} x {reason}")
-    return TuningPlan(config, run, examples, int(tokenizer.pad_token_id))
+    with RunFolder.open(given) as run:
+        if adapter is not None and run.has_results:
+            learned = learned_by(adapter, str(run.adapter))  # as in a detoxification
+            examples = load_examples(config.data, tokenizer, end_ids, config.seed, learned)
+        write_learned(run.path, examples.learned, learned)
+        write_atomically(run.path / DEV_PROMPTS_FILE, dev_prompts(examples, tokenizer))
+        terminal.stage(f"run folder {run.path}")
+        terminal.stage(
+            f"{len(examples.train)} examples to train on and {len(examples.dev)} for the dev loss, read as "
+            f"{examples.format}, written with {examples.template}"
+        )
+        for reason, count in [*examples.left_out.items(), *examples.noted.items()]:
+            terminal.stage(f"{count} x {reason}")
+        yield TuningPlan(config, run, examples, int(tokenizer.pad_token_id))
 
 
 def fit(plan: TuningPlan, room: Room) -> None:

@@ -24,7 +24,7 @@ from ray.util.placement_group import PlacementGroup
 
 from detox_ray.errors import DetoxError
 from detox_ray.hung_actor import kill_when_hung
-from detox_ray.learner.checkpoint_folder import remove_wrong_list
+from detox_ray.learner.checkpoint_folder import remove_unlisted, remove_wrong_list
 from detox_ray.learner_config import LearnerConfig
 from detox_ray.placement import learner_placement
 from detox_ray.reservation import Room
@@ -60,6 +60,7 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
     """
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(config.timeout_s)  # read when the learners start
     work = cloudpickle.dumps(partial(loop, task))
+    remove_unlisted(run.checkpoints)  # only here: a controller that is lost may leave learners that still write
     for _ in range(config.max_failures + 1):
         remove_wrong_list(run.checkpoints)
         trainer = _trainer(work, config, run, room)

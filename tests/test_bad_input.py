@@ -163,6 +163,19 @@ def test_a_folder_with_another_run(refused: Refused, tmp_path: Path) -> None:
     assert "does not answer" in refused(*nowhere, "ppo.learning_rate=0.5", "rollout.timeout_s=7", "train.threads=2")
 
 
+@pytest.mark.parametrize("left", ["checkpoints/x", "adapter/x", "evaluation.json", "fine_tuning.json"])
+def test_results_do_not_get_another_configuration(refused: Refused, tmp_path: Path, left: str) -> None:
+    """Also those whose checkpoints were removed for their space."""
+    nowhere = ("rollout.engine=transformers", "ray.address=127.0.0.1:1")
+    refused(*nowhere)
+    before = (tmp_path / "runs" / "run" / "config.yaml").read_text()
+    result = tmp_path / "runs" / "run" / left
+    result.parent.mkdir(exist_ok=True)
+    result.write_text("{}")
+    assert "holds a run with ppo.learning_rate" in refused(*nowhere, "ppo.learning_rate=0.25")
+    assert (tmp_path / "runs" / "run" / "config.yaml").read_text() == before
+
+
 def test_inputs_that_are_in_another_place_now(refused: Refused, tmp_path: Path) -> None:
     nowhere = ("rollout.engine=transformers", "ray.address=127.0.0.1:1")
     lines = "".join(f"a prompt of its own, number {i}\n" for i in range(40))

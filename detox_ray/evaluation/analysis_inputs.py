@@ -19,7 +19,7 @@ from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.templates import start_ids
 from detox_ray.errors import DataError, ModelError
-from detox_ray.metrics_file import ADAPTER_FOLDER, FINE_TUNING_FILE
+from detox_ray.metrics_file import ADAPTER_FOLDER, EVALUATION_FILE, FINE_TUNING_FILE
 from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE
 from detox_ray.policy.adapter_weights import put_adapters
 from detox_ray.policy.load import (
@@ -117,7 +117,7 @@ def reference_name(folder: Path) -> str:
     Raises:
         DataError: evaluation.json is no JSON object.
     """
-    path = folder / "evaluation.json"
+    path = folder / EVALUATION_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return str(content.get("reference", "base"))

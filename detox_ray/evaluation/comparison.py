@@ -31,7 +31,7 @@ from detox_ray.evaluation.responses import (
     published_number,
     write_generations,
 )
-from detox_ray.metrics_file import write_atomically
+from detox_ray.metrics_file import EVALUATION_FILE, write_atomically
 from detox_ray.records import REFERENCES, Rollout
 from detox_ray.rewards.shaping import repeated_bigram_share
 
@@ -102,7 +102,7 @@ def write_evaluation(folder: Path, evaluation: Mapping[str, Any], systems: Seque
     """Write `evaluation.json` and `generations.parquet` into the folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     write_generations(folder / "generations.parquet", generations_table(systems))
-    write_atomically(folder / "evaluation.json", json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / EVALUATION_FILE, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
 
 
 def installed_versions() -> dict[str, str]:

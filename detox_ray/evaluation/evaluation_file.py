@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from detox_ray.errors import DataError
+from detox_ray.metrics_file import EVALUATION_FILE
 
 FORMAT = 2
 
@@ -19,7 +20,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     Raises:
         DataError: it does not exist, is no evaluation, or is of another format.
     """
-    path = folder / "evaluation.json"
+    path = folder / EVALUATION_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

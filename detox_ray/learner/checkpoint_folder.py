@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ def remove_wrong_list(folder: Path) -> None:
         last_whole_checkpoint(folder)
         logger.warning("Ray's list of the checkpoints in %s is torn or names some that are gone; removed", folder)
         (folder / RAY_LIST_FILE).unlink()
+
+
+def remove_unlisted(folder: Path) -> None:
+    """Remove checkpoints that Ray will not, which removes those on its list: a kill had cut them or the list short.
+
+    The newest whole one stays in any case, and all do where no whole one is on the list: that may be what is wrong.
+    """
+    listed = registered_checkpoints(folder) or []
+    unlisted = set(folder.glob("checkpoint_*/")) - set(listed)
+    if not unlisted or not all(path.is_dir() for path in listed):
+        return
+    whole = [(step, path) for path in (*unlisted, *listed) if (step := _step_if_whole(path)) is not None]
+    if any(path in listed for _, path in whole):
+        newest = max(whole)[1]
+        for path in unlisted - {newest}:
+            logger.warning("checkpoint %s is not on Ray's list; removed, as the run goes on from %s", path, newest)
+            shutil.rmtree(path)
 
 
 def _step_if_whole(checkpoint: Path) -> int | None:

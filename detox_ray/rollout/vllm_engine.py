@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import CANARY_TOP, EngineSpec
 from detox_ray.rollout.merge import load_pristine_weights, merged_weights
+from detox_ray.rollout.scratch import scratch_folder
 
 
 class VllmEngine:
@@ -43,7 +43,7 @@ class VllmEngine:
         self.version = -1
         self._spec = spec
         self._lora: LoRARequest | None = None
-        self._scratch = Path(tempfile.mkdtemp(prefix="detox_ray-adapter-")) if spec.sync == "adapter" else Path()
+        self._scratch = scratch_folder() if spec.sync == "adapter" else Path()
         options: dict[str, Any] = {"dtype": spec.dtype}
         if spec.tensor_parallel > 1:
             # Not Ray's executor, which vLLM takes inside an actor: this actor has the devices already.

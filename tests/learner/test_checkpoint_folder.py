@@ -16,6 +16,7 @@ from detox_ray.learner.checkpoint_folder import (
     keep_adapter,
     last_whole_checkpoint,
     read_checkpoint,
+    remove_unlisted,
     remove_wrong_list,
     write_checkpoint,
 )
@@ -98,6 +99,33 @@ def test_the_list_of_ray_is_kept_unless_ray_would_not_start_with_it(
     remove_wrong_list(checkpoints)
     assert (checkpoints / RAY_LIST_FILE).exists() == (listed == ["checkpoint_a", "checkpoint_b"])
     remove_wrong_list(checkpoints / "nowhere")
+
+
+def folders(checkpoints: Path) -> list[str]:
+    return sorted(path.name for path in checkpoints.glob("checkpoint_*/"))
+
+
+def test_what_ray_does_not_know_is_removed_but_the_newest_whole_one(checkpoints: Path) -> None:
+    for name, step in (("checkpoint_c", 1), ("checkpoint_d", 6), ("checkpoint_e", 7)):
+        (checkpoints / name).mkdir()
+        write_checkpoint(checkpoints / name, step, adapter_of(step), {})
+    cut(checkpoints / "checkpoint_e" / "learner.pt")
+    write_list_of_ray(checkpoints, "checkpoint_b", "checkpoint_a")
+    remove_unlisted(checkpoints)
+    assert folders(checkpoints) == ["checkpoint_a", "checkpoint_b", "checkpoint_d"]
+    assert last_whole_checkpoint(checkpoints) == (6, checkpoints / "checkpoint_d")
+
+
+@pytest.mark.parametrize("listed", ["[]", '["a", "gone"]', '["damaged"]', None, "torn"])
+def test_a_list_that_may_be_wrong_removes_nothing(checkpoints: Path, listed: str | None) -> None:
+    (checkpoints / "checkpoint_damaged").mkdir()
+    if listed == "torn":
+        (checkpoints / RAY_LIST_FILE).write_text('{"checkpoint_res')
+    elif listed is not None:
+        write_list_of_ray(checkpoints, *(f"checkpoint_{name}" for name in json.loads(listed)))
+    remove_unlisted(checkpoints)
+    assert folders(checkpoints) == ["checkpoint_a", "checkpoint_b", "checkpoint_damaged"]
+    remove_unlisted(checkpoints / "nowhere")
 
 
 def test_a_changed_adapter_is_noticed(tmp_path: Path) -> None:
