@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from detox_ray.classifier_config import ClassifierConfig, classifier_identity, make_classifier_absolute
-from detox_ray.config_section import FOLDER_NAME, CustomResources, Section, absolute_path
+from detox_ray.config_section import FOLDER_NAME, CustomResources, Gpus, Section, absolute_path
 from detox_ray.learner_config import TrainConfig, refuse_sharded_int8
 from detox_ray.ppo_config import PPOConfig
 from detox_ray.tracking_config import TrackingConfig
@@ -162,7 +162,7 @@ class RolloutConfig(Section):
     )
     workers: int = Field(1, ge=1, description="rollout actors")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one worker")
-    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one worker")
+    num_gpus: Gpus = Field(0.0, description="Ray GPUs of one worker")
     tensor_parallel: int = Field(
         1,
         ge=1,
