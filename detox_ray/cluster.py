@@ -54,9 +54,18 @@ def cluster_address(config: RayConfig) -> str | None:
     return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
+def starts_own_ray(config: RayConfig) -> bool:
+    """Whether a session starts a local Ray: the caller is connected to none, and there is no cluster to connect to."""
+    import ray
+
+    return cluster_address(config) is None and not ray.is_initialized()
+
+
 @contextmanager
-def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path) -> Iterator[None]:
+def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path) -> Iterator[bool]:
     """Ray for the length of a run; a local one is shut down at the end, a cluster is left running.
+
+    Yields whether this Ray outlives the session, and with it what is left on it, such as Serve.
 
     `check` is given what Ray has and refuses what does not fit; `logs`, in the run's folder, becomes a link to the logs
     of the Ray session, where everything the workers print goes.
@@ -76,7 +85,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         # The caller's own Ray, say a notebook's: use it and leave it.
         check_capacity(config, check)
         check_nodes_see(logs.parent)
-        yield
+        yield True
         return
     if address is None:
         check(local_capacity(config))
@@ -101,7 +110,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         found = ray.get_runtime_context()
         link_logs(logs, Path(found.get_temp_dir()) / found.get_session_name() / "logs")
         with interrupted_without_node(found.get_node_id()):
-            yield
+            yield address is not None
     finally:
         ray.shutdown()
 

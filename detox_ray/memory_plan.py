@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification
 
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.cluster import cluster_address
+from detox_ray.cluster import starts_own_ray
 from detox_ray.config import Config, PolicyConfig, RayConfig
 from detox_ray.errors import ConfigError
 from detox_ray.learner_config import LearnerConfig
@@ -139,7 +139,7 @@ def available_memory(
     else:
         gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     needs_gpu = any(role.gpus > 0 for role in plan.roles)
-    elsewhere = cluster_address(ray) is not None or (needs_gpu and not torch.cuda.is_available())
+    elsewhere = not starts_own_ray(ray) or (needs_gpu and not torch.cuda.is_available())
     return gpu, None if elsewhere else float(psutil.virtual_memory().available)
 
 

@@ -1,12 +1,14 @@
-"""What is said of a cluster that cannot be used."""
+"""Which Ray a command uses, and what is said of one that cannot be used."""
 
 import platform
+from pathlib import Path
 
 import pytest
 import ray
 from ray._private.utils import check_version_info
 
-from detox_ray.cluster import _refusal
+from detox_ray.cluster import _refusal, ray_session, starts_own_ray
+from detox_ray.config import RayConfig
 
 
 @pytest.mark.unit
@@ -18,3 +20,22 @@ def test_a_cluster_of_another_version_is_named_with_both() -> None:
     assert line == (
         f"ray.address=127.0.0.1:6379 runs Ray: 2.50.0, Python: 3.10.7, and this process has {ours}; use the cluster's"
     )
+
+
+@pytest.mark.unit
+def test_a_ray_of_its_own_is_the_last_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    for connected in (False, True):
+        monkeypatch.setattr(ray, "is_initialized", lambda connected=connected: connected)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        assert starts_own_ray(RayConfig()) is not connected
+        assert not starts_own_ray(RayConfig(address="127.0.0.1:1"))
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        assert not starts_own_ray(RayConfig())
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("local_ray")
+def test_the_callers_own_ray_outlives_a_session(tmp_path: Path) -> None:
+    with ray_session(RayConfig(), lambda capacity: None, tmp_path / "logs") as outlives:
+        assert outlives
+    assert ray.is_initialized()
