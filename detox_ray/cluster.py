@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 
@@ -162,10 +163,10 @@ def interrupted_without_node(node: str) -> Iterator[None]:
 
 
 def check_nodes_see(folder: Path) -> None:
-    """Ask every node but this one for the folder, and to write there: learners and rollout workers use it.
+    """Ask every node but this one for what was just written into the folder: learners and rollout workers use it.
 
     Raises:
-        ConfigError: a node has no such folder, cannot write to it, or does not answer.
+        ConfigError: a node has another folder there or none, cannot write to it, or does not answer.
     """
     import ray
     from ray.exceptions import GetTimeoutError
@@ -173,23 +174,29 @@ def check_nodes_see(folder: Path) -> None:
 
     here = ray.get_runtime_context().get_node_id()
     others = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here}
-    ask = ray.remote(num_cpus=0, max_retries=0)(_is_writable)
-    answers = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(folder))
-        for node in others
-    ]
-    for address, answer in zip(others.values(), answers, strict=True):
-        try:
-            sees = ray.get(answer, timeout=NODE_TIMEOUT_S)
-        except GetTimeoutError:
-            raise ConfigError(
-                f"node {address} of the cluster does not start a process within {NODE_TIMEOUT_S:g} s; see `ray status`"
-            ) from None
-        if not sees:
-            raise ConfigError(
-                f"output_dir: node {address} of the cluster cannot write to {folder}; "
-                "choose a folder on storage that every node mounts at the same path"
-            )
+    if not others:
+        return
+    written = uuid4().hex
+    probe = folder / f".seen-{written}"  # a new name, which no node remembers as absent
+    ask = ray.remote(num_cpus=0, max_retries=0)(_text_where_writable)
+    try:
+        probe.write_text(written, encoding="utf-8")
+        answers = [
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
+            for node in others
+        ]
+        for address, answer in zip(others.values(), answers, strict=True):
+            if ray.get(answer, timeout=NODE_TIMEOUT_S) != written:
+                raise ConfigError(
+                    f"output_dir: node {address} of the cluster cannot write to {folder}, or has a folder of its own "
+                    "there; choose one on storage that every node mounts at the same path"
+                )
+    except GetTimeoutError:
+        raise ConfigError(
+            f"node {address} of the cluster does not start a process within {NODE_TIMEOUT_S:g} s; see `ray status`"
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def wait_in_words(needed: Sequence[Placement], terminal: Terminal) -> None:
@@ -200,8 +207,12 @@ def wait_in_words(needed: Sequence[Placement], terminal: Terminal) -> None:
         terminal.stage(missing)
 
 
-def _is_writable(folder: str) -> bool:
-    return os.access(folder, os.W_OK)
+def _text_where_writable(path: str) -> str | None:
+    """The content of a file; None, where there is none or its folder cannot be written."""
+    with suppress(OSError):
+        if os.access(Path(path).parent, os.W_OK):
+            return Path(path).read_text(encoding="utf-8")
+    return None
 
 
 def link_logs(link: Path, logs: Path) -> None:

@@ -2,13 +2,15 @@
 
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray._private.utils import check_version_info
 
-from detox_ray.cluster import _refusal, ray_session, starts_own_ray
+from detox_ray.cluster import _refusal, check_nodes_see, ray_session, starts_own_ray
 from detox_ray.config import RayConfig
+from detox_ray.errors import ConfigError
 
 
 @pytest.mark.unit
@@ -39,3 +41,18 @@ def test_the_callers_own_ray_outlives_a_session(tmp_path: Path) -> None:
     with ray_session(RayConfig(), lambda capacity: None, tmp_path / "logs") as outlives:
         assert outlives
     assert ray.is_initialized()
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("local_ray")
+def test_every_node_must_see_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    another_node = SimpleNamespace(get_node_id=lambda: "not the one that is asked")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: another_node)
+    check_nodes_see(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    one_of_its_own = Path("/proc/self/cwd")  # of each process another, and writable
+    for folder in (one_of_its_own, one_of_its_own / "here"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=r"^output_dir: node .* of the cluster cannot write to /proc/self/cwd"):
+            check_nodes_see(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
