@@ -27,9 +27,18 @@ INTERRUPT = signal.SIGUSR2  # not SIGINT, which a command in the background of a
 
 def local_capacity(config: RayConfig) -> Capacity:
     """What a local Ray of this configuration would have, without starting it."""
-    import torch
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
-    return Capacity([{"CPU": config.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell at length of a container's limits
+    return Capacity([ResourceAndLabelSpec(num_cpus=config.num_cpus).resolve(is_head=True).to_resource_dict()])
+
+
+def local_memory() -> tuple[int, int]:
+    """(all, left) of this machine's main memory in bytes, or of its container's, where that is less."""
+    from ray._common.utils import get_system_memory
+    from ray._private.utils import estimate_available_memory
+
+    return get_system_memory(), min(psutil.virtual_memory().available, estimate_available_memory())
 
 
 def cluster_capacity(config: RayConfig) -> Capacity:
@@ -46,6 +55,8 @@ def check_capacity(config: RayConfig, check: Callable[[Capacity], None]) -> None
     try:
         check(cluster_capacity(config))
     except ConfigError as error:
+        if started_here():
+            raise
         hint = "where an autoscaler starts nodes when they are asked for, set ray.autoscaling=true"
         raise ConfigError(f"{error}; {hint}") from None
 
@@ -62,11 +73,18 @@ def starts_own_ray(config: RayConfig) -> bool:
     return cluster_address(config) is None and not ray.is_initialized()
 
 
+def started_here() -> bool:
+    """Whether this process started the Ray that it is connected to: no autoscaler adds to it, and it ends with it."""
+    from ray._private import worker
+
+    return worker._global_node is not None and worker._global_node.is_head()
+
+
 @contextmanager
 def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path) -> Iterator[bool]:
     """Ray for the length of a run; a local one is shut down at the end, a cluster is left running.
 
-    Yields whether this Ray outlives the session, and with it what is left on it, such as Serve.
+    Yields whether this Ray outlives the process, and with it what is left on it, such as Serve.
 
     `check` is given what Ray has and refuses what does not fit; `logs`, in the run's folder, becomes a link to the logs
     of the Ray session, where everything the workers print goes.
@@ -86,7 +104,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         # The caller's own Ray, say a notebook's: use it and leave it.
         check_capacity(config, check)
         check_nodes_see(logs.parent)
-        yield True
+        yield not started_here()
         return
     if address is None:
         check(local_capacity(config))
@@ -111,7 +129,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         found = ray.get_runtime_context()
         link_logs(logs, Path(found.get_temp_dir()) / found.get_session_name() / "logs")
         with interrupted_without_node(found.get_node_id()):
-            yield address is not None
+            yield not started_here()
     finally:
         ray.shutdown()
 

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from rich import box
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification
 
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.cluster import starts_own_ray
+from detox_ray.cluster import local_memory, starts_own_ray
 from detox_ray.config import Config, PolicyConfig, RayConfig
 from detox_ray.errors import ConfigError
 from detox_ray.learner_config import LearnerConfig
@@ -140,7 +139,7 @@ def available_memory(
         gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     needs_gpu = any(role.gpus > 0 for role in plan.roles)
     elsewhere = not starts_own_ray(ray) or (needs_gpu and not torch.cuda.is_available())
-    return gpu, None if elsewhere else float(psutil.virtual_memory().available)
+    return gpu, None if elsewhere else float(local_memory()[1])
 
 
 def memory_table(plan: MemoryPlan) -> Table:
