@@ -13,7 +13,7 @@ from uuid import uuid4
 import psutil
 
 from detox_ray.config import RayConfig
-from detox_ray.errors import ConfigError
+from detox_ray.errors import ConfigError, first_line
 from detox_ray.placement import Capacity, Placement, shortage
 from detox_ray.terminal import Terminal
 
@@ -285,7 +285,7 @@ def _refusal(address: str, reason: str) -> str:
             f"ray.address={address} refuses this process's token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the "
             "cluster's (on its head: `ray get-auth-token`), or put it into ~/.ray/auth_token"
         )
-    return _no_answer(address, reason.strip().split("\n")[0])
+    return _no_answer(address, first_line(reason))
 
 
 def _no_answer(address: str, reason: str) -> str:

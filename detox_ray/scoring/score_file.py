@@ -25,7 +25,7 @@ from detox_ray.cluster import ray_session
 from detox_ray.config import RayConfig
 from detox_ray.config_section import is_fraction_above_one
 from detox_ray.data.tables import FileSurvey, described, read_tables, require_columns, survey
-from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError
+from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError, last_line
 from detox_ray.metrics_file import write_atomically
 from detox_ray.placement import Capacity
 from detox_ray.rewards.classifiers import check_classifier
@@ -178,8 +178,8 @@ def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Te
                     deaths += 1
                     if deaths == WORKER_DEATHS:
                         raise RewardError(
-                            f"{deaths} scoring workers died: {str(error).strip().splitlines()[-1]} With fewer workers "
-                            "there is more memory for each; the same command continues"
+                            f"{deaths} scoring workers died: {last_line(error)}. With fewer workers there is "
+                            "more memory for each; the same command continues"
                         ) from None
 
 
