@@ -117,7 +117,7 @@ class LoraConfig(Section):
 class PolicyConfig(Section):
     """The language model that is trained."""
 
-    model: str = Field("lab:policy", description="folder or hub id of a causal language model, or lab:policy")
+    model: str = Field("lab:policy", description="folder or hub id of a causal language model or (m)T5, or lab:policy")
     revision: str | None = Field(None, description="commit or tag, when the model is a hub id")
     adapter: str | None = Field(
         None, description="folder of a PEFT LoRA adapter to start from; its shape must match lora"
@@ -153,7 +153,9 @@ class RolloutConfig(Section):
         "auto", description="auto: vllm where it serves the architecture"
     )
     sync: Literal["auto", "adapter", "merged"] = Field(
-        "auto", description="a LoRA slot, or merged into the pristine base"
+        "auto",
+        description="vLLM: the adapter in a LoRA slot, or merged into the pristine base, which is faster and what auto "
+        "takes; the transformers engine keeps it apart",
     )
     base: Literal["dequantized", "original"] = Field(
         "dequantized",
