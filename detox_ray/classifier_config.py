@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from detox_ray.config_section import CustomResources, Section, absolute_path, cache_folder
+from detox_ray.config_section import CustomResources, Gpus, Section, absolute_path, cache_folder
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 # How classifiers name what is not toxic, as letters alone.
@@ -87,7 +87,7 @@ class ClassifierConfig(Section):
     batch_size: int = Field(32, ge=1, description="texts in a forward pass")
     replicas: int = Field(1, ge=1, description="Serve replicas")
     num_cpus: float = Field(0.1, ge=0, description="Ray CPUs of a replica")
-    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of a replica")
+    num_gpus: Gpus = Field(0.0, description="Ray GPUs of a replica")
     resources: CustomResources = Field({}, description="custom Ray resources of a replica: the nodes it may be on")
     perspective: PerspectiveConfig | None = Field(None, description="only kind: perspective")
     module: str = Field("toxicity", description="evaluate: the measurement, a hub id or a local script or its folder")

@@ -13,7 +13,7 @@ from rich.status import Status
 
 from detox_ray.config_file import dump_config, load_config, read_tree
 from detox_ray.config_section import Section
-from detox_ray.errors import ConfigError, DetoxError, storage_error
+from detox_ray.errors import ConfigError, DetoxError, first_line, storage_error
 from detox_ray.lab_commands import lab
 from detox_ray.meter_config import load_scorers
 from detox_ray.run_folder import check_usable
@@ -368,8 +368,7 @@ def main() -> None:
         if not _is_of_ray(error):
             raise
         logging.getLogger("detox_ray").error("Ray failed", exc_info=error)
-        first = str(error).strip().split("\n")[0]
-        _print_error(f"Ray failed ({type(error).__name__}: {first}); the same command continues the run")
+        _print_error(f"Ray failed ({type(error).__name__}: {first_line(error)}); the same command continues the run")
         sys.exit(1)
 
 

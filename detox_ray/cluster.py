@@ -8,11 +8,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 
 from detox_ray.config import RayConfig
-from detox_ray.errors import ConfigError
+from detox_ray.errors import ConfigError, first_line
 from detox_ray.placement import Capacity, Placement, shortage
 from detox_ray.terminal import Terminal
 
@@ -26,9 +27,18 @@ INTERRUPT = signal.SIGUSR2  # not SIGINT, which a command in the background of a
 
 def local_capacity(config: RayConfig) -> Capacity:
     """What a local Ray of this configuration would have, without starting it."""
-    import torch
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
-    return Capacity([{"CPU": config.num_cpus or psutil.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell at length of a container's limits
+    return Capacity([ResourceAndLabelSpec(num_cpus=config.num_cpus).resolve(is_head=True).to_resource_dict()])
+
+
+def local_memory() -> tuple[int, int]:
+    """(all, left) of this machine's main memory in bytes, or of its container's, where that is less."""
+    from ray._common.utils import get_system_memory
+    from ray._private.utils import estimate_available_memory
+
+    return get_system_memory(), min(psutil.virtual_memory().available, estimate_available_memory())
 
 
 def cluster_capacity(config: RayConfig) -> Capacity:
@@ -45,6 +55,8 @@ def check_capacity(config: RayConfig, check: Callable[[Capacity], None]) -> None
     try:
         check(cluster_capacity(config))
     except ConfigError as error:
+        if started_here():
+            raise
         hint = "where an autoscaler starts nodes when they are asked for, set ray.autoscaling=true"
         raise ConfigError(f"{error}; {hint}") from None
 
@@ -54,9 +66,25 @@ def cluster_address(config: RayConfig) -> str | None:
     return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
+def starts_own_ray(config: RayConfig) -> bool:
+    """Whether a session starts a local Ray: the caller is connected to none, and there is no cluster to connect to."""
+    import ray
+
+    return cluster_address(config) is None and not ray.is_initialized()
+
+
+def started_here() -> bool:
+    """Whether this process started the Ray that it is connected to: no autoscaler adds to it, and it ends with it."""
+    from ray._private import worker
+
+    return worker._global_node is not None and worker._global_node.is_head()
+
+
 @contextmanager
-def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path) -> Iterator[None]:
+def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path) -> Iterator[bool]:
     """Ray for the length of a run; a local one is shut down at the end, a cluster is left running.
+
+    Yields whether this Ray outlives the process, and with it what is left on it, such as Serve.
 
     `check` is given what Ray has and refuses what does not fit; `logs`, in the run's folder, becomes a link to the logs
     of the Ray session, where everything the workers print goes.
@@ -76,7 +104,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         # The caller's own Ray, say a notebook's: use it and leave it.
         check_capacity(config, check)
         check_nodes_see(logs.parent)
-        yield
+        yield not started_here()
         return
     if address is None:
         check(local_capacity(config))
@@ -101,7 +129,7 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
         found = ray.get_runtime_context()
         link_logs(logs, Path(found.get_temp_dir()) / found.get_session_name() / "logs")
         with interrupted_without_node(found.get_node_id()):
-            yield
+            yield not started_here()
     finally:
         ray.shutdown()
 
@@ -153,10 +181,10 @@ def interrupted_without_node(node: str) -> Iterator[None]:
 
 
 def check_nodes_see(folder: Path) -> None:
-    """Ask every node but this one for the folder, and to write there: learners and rollout workers use it.
+    """Ask every node but this one for what was just written into the folder: learners and rollout workers use it.
 
     Raises:
-        ConfigError: a node has no such folder, cannot write to it, or does not answer.
+        ConfigError: a node has another folder there or none, cannot write to it, or does not answer.
     """
     import ray
     from ray.exceptions import GetTimeoutError
@@ -164,23 +192,29 @@ def check_nodes_see(folder: Path) -> None:
 
     here = ray.get_runtime_context().get_node_id()
     others = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here}
-    ask = ray.remote(num_cpus=0, max_retries=0)(_is_writable)
-    answers = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(folder))
-        for node in others
-    ]
-    for address, answer in zip(others.values(), answers, strict=True):
-        try:
-            sees = ray.get(answer, timeout=NODE_TIMEOUT_S)
-        except GetTimeoutError:
-            raise ConfigError(
-                f"node {address} of the cluster does not start a process within {NODE_TIMEOUT_S:g} s; see `ray status`"
-            ) from None
-        if not sees:
-            raise ConfigError(
-                f"output_dir: node {address} of the cluster cannot write to {folder}; "
-                "choose a folder on storage that every node mounts at the same path"
-            )
+    if not others:
+        return
+    written = uuid4().hex
+    probe = folder / f".seen-{written}"  # a new name, which no node remembers as absent
+    ask = ray.remote(num_cpus=0, max_retries=0)(_text_where_writable)
+    try:
+        probe.write_text(written, encoding="utf-8")
+        answers = [
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
+            for node in others
+        ]
+        for address, answer in zip(others.values(), answers, strict=True):
+            if ray.get(answer, timeout=NODE_TIMEOUT_S) != written:
+                raise ConfigError(
+                    f"output_dir: node {address} of the cluster cannot write to {folder}, or has a folder of its own "
+                    "there; choose one on storage that every node mounts at the same path"
+                )
+    except GetTimeoutError:
+        raise ConfigError(
+            f"node {address} of the cluster does not start a process within {NODE_TIMEOUT_S:g} s; see `ray status`"
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def wait_in_words(needed: Sequence[Placement], terminal: Terminal) -> None:
@@ -191,8 +225,12 @@ def wait_in_words(needed: Sequence[Placement], terminal: Terminal) -> None:
         terminal.stage(missing)
 
 
-def _is_writable(folder: str) -> bool:
-    return os.access(folder, os.W_OK)
+def _text_where_writable(path: str) -> str | None:
+    """The content of a file; None, where there is none or its folder cannot be written."""
+    with suppress(OSError):
+        if os.access(Path(path).parent, os.W_OK):
+            return Path(path).read_text(encoding="utf-8")
+    return None
 
 
 def link_logs(link: Path, logs: Path) -> None:
@@ -247,7 +285,7 @@ def _refusal(address: str, reason: str) -> str:
             f"ray.address={address} refuses this process's token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the "
             "cluster's (on its head: `ray get-auth-token`), or put it into ~/.ray/auth_token"
         )
-    return _no_answer(address, reason.strip().split("\n")[0])
+    return _no_answer(address, first_line(reason))
 
 
 def _no_answer(address: str, reason: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from detox_ray.classifier_config import ClassifierConfig, classifier_identity, make_classifier_absolute
-from detox_ray.config_section import FOLDER_NAME, CustomResources, Section, absolute_path
+from detox_ray.config_section import FOLDER_NAME, CustomResources, Gpus, Section, absolute_path
 from detox_ray.learner_config import TrainConfig, refuse_sharded_int8
 from detox_ray.ppo_config import PPOConfig
 from detox_ray.tracking_config import TrackingConfig
@@ -117,7 +117,7 @@ class LoraConfig(Section):
 class PolicyConfig(Section):
     """The language model that is trained."""
 
-    model: str = Field("lab:policy", description="folder or hub id of a causal language model, or lab:policy")
+    model: str = Field("lab:policy", description="folder or hub id of a causal language model or (m)T5, or lab:policy")
     revision: str | None = Field(None, description="commit or tag, when the model is a hub id")
     adapter: str | None = Field(
         None, description="folder of a PEFT LoRA adapter to start from; its shape must match lora"
@@ -153,7 +153,9 @@ class RolloutConfig(Section):
         "auto", description="auto: vllm where it serves the architecture"
     )
     sync: Literal["auto", "adapter", "merged"] = Field(
-        "auto", description="a LoRA slot, or merged into the pristine base"
+        "auto",
+        description="vLLM: the adapter in a LoRA slot, or merged into the pristine base, which is faster and what auto "
+        "takes; the transformers engine keeps it apart",
     )
     base: Literal["dequantized", "original"] = Field(
         "dequantized",
@@ -162,7 +164,7 @@ class RolloutConfig(Section):
     )
     workers: int = Field(1, ge=1, description="rollout actors")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one worker")
-    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one worker")
+    num_gpus: Gpus = Field(0.0, description="Ray GPUs of one worker")
     tensor_parallel: int = Field(
         1,
         ge=1,

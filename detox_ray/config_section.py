@@ -5,22 +5,36 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 LAB_PREFIX = "lab:"
 FOLDER_NAME = r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"  # not only dots
+
+
+def is_fraction_above_one(amount: float) -> bool:
+    """Which amounts Ray refuses of GPUs and of resources of one's own."""
+    return amount > 1 and amount != int(amount)
 
 
 def _are_custom(resources: dict[str, float]) -> dict[str, float]:
     for name, amount in resources.items():
         if name in {"CPU", "GPU", "memory", "object_store_memory"}:
             raise ValueError(f"resources.{name}: only resources of your own; CPUs and GPUs are num_cpus and num_gpus")
-        if amount > 1 and amount != int(amount):
+        if is_fraction_above_one(amount):
             raise ValueError(f"resources.{name}={amount:g}: above 1 Ray takes whole numbers only")
     return resources
 
 
+def _are_gpus(amount: float) -> float:
+    if is_fraction_above_one(amount):
+        raise PydanticCustomError("gpus", "above 1 Ray takes whole numbers only")  # the kind that is told with its key
+    return amount
+
+
 # Names given to `ray start --resources`; a worker is placed on a node that has them.
 CustomResources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_are_custom)]
+# A share of one GPU, or whole ones.
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_are_gpus)]
 
 
 def cache_folder() -> Path:

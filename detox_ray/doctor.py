@@ -5,11 +5,12 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-import psutil
 import torch
 from rich.markup import escape
 from rich.table import Table
 
+from detox_ray.cluster import local_capacity, local_memory
+from detox_ray.config import RayConfig
 from detox_ray.data.lab import lab_folder
 
 GIB = 2**30
@@ -33,12 +34,12 @@ def _python() -> Check:
 
 
 def _cpus() -> Check:
-    count = psutil.cpu_count() or 1
-    return count >= 2, "CPUs", str(count), "set ray.num_cpus and lower num_cpus of rollout and train"
+    count = local_capacity(RayConfig()).total("CPU")
+    return count >= 2, "CPUs", f"{count:g}", "set ray.num_cpus and lower num_cpus of rollout and train"
 
 
 def _memory() -> Check:
-    total, free = psutil.virtual_memory().total / GIB, psutil.virtual_memory().available / GIB
+    total, free = (amount / GIB for amount in local_memory())
     return free >= 8, "memory", f"{total:.0f} GiB, {free:.0f} free", "configs/laptop.yaml needs about 8 GiB free"
 
 

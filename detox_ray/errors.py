@@ -36,6 +36,16 @@ class StorageError(DetoxError):
     """A run folder cannot be written any more, or what is in it is damaged."""
 
 
+def first_line(error: BaseException | str) -> str:
+    """The first line of a message, to stand inside one of ours; empty, where there is none."""
+    return str(error).strip().partition("\n")[0].rstrip(" \r.;")
+
+
+def last_line(error: BaseException | str) -> str:
+    """The last line of a message, where Ray puts the cause, to stand inside one of ours."""
+    return str(error).strip().rpartition("\n")[2].strip().rstrip(".;")
+
+
 def storage_error(error: OSError, folder: str = "") -> StorageError | None:
     """What a user must do about a full or read-only disk; None if the error is of another kind."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

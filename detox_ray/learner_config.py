@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from detox_ray.config_section import CustomResources, Section
+from detox_ray.config_section import CustomResources, Gpus, Section
 
 
 class LearnerConfig(Section):
@@ -10,7 +10,7 @@ class LearnerConfig(Section):
 
     workers: int = Field(1, ge=1, description="learner processes (data parallel)")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of one learner")
-    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs of one learner")
+    num_gpus: Gpus = Field(0.0, description="Ray GPUs of one learner")
     resources: CustomResources = Field({}, description="custom Ray resources of one learner: the nodes it may be on")
     threads: int = Field(1, ge=1, description="CPU threads of one learner's tensor operations")
     max_failures: int = Field(

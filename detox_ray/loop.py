@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from detox_ray.cluster import cluster_address, ray_session, wait_in_words
+from detox_ray.cluster import ray_session, wait_in_words
 from detox_ray.config import Config, RewardConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.evaluation.during_training import HeldoutEvaluation
@@ -62,14 +62,14 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
         return finished
     needed = placements(plan.config)
     placed = [learner_placement(plan.config.train), rollout_placement(plan.config.rollout)]
-    with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
+    with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs) as ray_stays:
         wait_in_words(needed, terminal)
         plan = plan.with_dequantized_base()
         terminal.stage("starting rollout workers and reward classifiers")
         with (
             reserved(placed, terminal.stage) as room,
             rollout_workers(plan.engine, plan.config.rollout, room) as workers,
-            reward_app(plan),
+            reward_app(plan, guarded=ray_stays),
         ):
             pool = worker_pool(plan, workers)
             meter = meter_of_run(plan.run, plan.config)
@@ -103,9 +103,9 @@ def fit(plan: Plan, stream: RolloutStream, room: Room) -> None:
 
 
 @contextmanager
-def reward_app(plan: Plan) -> Iterator[None]:
-    """The reward ensemble on Serve."""
-    if cluster_address(plan.config.ray) is not None:
+def reward_app(plan: Plan, guarded: bool) -> Iterator[None]:
+    """The reward ensemble on Serve; `guarded`, where Serve would outlive this process."""
+    if guarded:
         guard_app(plan.app_name)
     # Twice as patient as the watch, a scoring call waits until the controller is back and replaces a lost replica.
     with controller_watched(max(SHORTEST_PATIENCE_S, plan.config.reward.timeout_s / 2)):

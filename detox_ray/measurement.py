@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from detox_ray.cluster import cluster_address, local_capacity, ray_session, wait_in_words
+from detox_ray.cluster import local_capacity, ray_session, starts_own_ray, wait_in_words
 from detox_ray.config import PolicyConfig, RolloutConfig
 from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
@@ -79,7 +79,7 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
         check_classifier(scorer)
     _encoder(config)  # one that does not load says so before anything is sampled
     needed = [rollout_placement(config.rollout)]
-    if cluster_address(config.ray) is None:
+    if starts_own_ray(config.ray):
         check_placements(needed, local_capacity(config.ray))
     files = _read_files(config, terminal)
     _refuse_two_scorers_of_one_name(config, files)

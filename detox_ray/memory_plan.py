@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from rich import box
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification
 
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.cluster import cluster_address
+from detox_ray.cluster import local_memory, starts_own_ray
 from detox_ray.config import Config, PolicyConfig, RayConfig
 from detox_ray.errors import ConfigError
 from detox_ray.learner_config import LearnerConfig
@@ -32,7 +31,8 @@ GIB = 2**30
 # Bytes a trained number has beside itself: its gradient, and the two moments of the optimiser.
 GRADIENT_BYTES = 4
 MOMENT_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-# Interpreter and libraries of a process (measured on CPUs), and a CUDA context with the allocator's slack (assumed).
+# Interpreter and libraries of a process in main memory (measured on CPUs), and a CUDA context with the allocator's
+# slack on a GPU (assumed).
 PROCESS_BYTES = {"learner": 0.7 * GIB, "vllm": 0.75 * GIB, "transformers": 0.6 * GIB, "classifier": 0.4 * GIB}
 CUDA_BYTES = 1.0 * GIB
 # Ray's own processes and the driver (measured).
@@ -42,22 +42,31 @@ KEPT_BETWEEN_TURNS = {"learner": ("weights", "trained", "process"), "rollout wor
 # Less than this is not worth a change of settings.
 SMALLEST_SAVING = 0.05 * GIB
 COLUMNS = ("weights", "trained", "batch", "cache", "process")
-TITLE = "GiB of one process (trained: adapter, gradient, moments; batch: what one pass keeps)"
+TITLE = "GiB of one process (trained: adapter, gradient, moments; batch: what one pass keeps; main: in main memory)"
 
 
 @dataclass(frozen=True)
 class Role:
-    """A kind of process: how many, on which device and how much of it, and bytes by purpose of one of them."""
+    """A kind of process: how many, on which device and how much of it, and bytes by purpose of one of them there.
+
+    `host`: what one that is on a GPU has in main memory beside them.
+    """
 
     name: str
     count: int
     gpus: float
     bytes: dict[str, float]
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """Bytes of one."""
+        """Bytes of one on its device."""
         return sum(self.bytes.values())
+
+    @property
+    def main_memory(self) -> float:
+        """Bytes of one in main memory."""
+        return self.host if self.gpus > 0 else self.total
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class MemoryPlan:
     @property
     def main_memory(self) -> float:
         """Bytes of main memory over all processes, as if they were on one machine."""
-        return RAY_BYTES + sum(role.count * role.total for role in self.roles if role.gpus == 0)
+        return RAY_BYTES + sum(role.count * role.main_memory for role in self.roles)
 
     def gpu_need(self, role: Role) -> tuple[float, float]:
         """(bytes a role needs on one GPU, the share of the GPU that is there for them)."""
@@ -97,12 +106,7 @@ def plan_memory(config: Config) -> MemoryPlan:
     batch = _activations(config, shape, config.policy.gradient_checkpointing)
     roles = [learner_role(config.policy, config.train, config.ppo, shape, batch), _rollout_worker(config, shape)]
     roles += [_classifier(classifier) for classifier in config.reward.classifiers]
-    longest = config.data.max_tokens + 1 + config.rollout.max_new_tokens
-    held = config.rollout.kv_cache_mib * 2**20 / (cache_bytes_per_token(shape) * longest)
-    note = (
-        f"{shape.base_parameters():,} parameters, {shape.adapter_parameters():,} trained; a rollout worker's KV cache "
-        f"holds {held:,.0f} sequences of {longest} tokens (rollout.max_num_seqs={config.rollout.max_num_seqs})"
-    )
+    note = f"{shape.base_parameters():,} parameters, {shape.adapter_parameters():,} trained; {_held(config, shape)}"
     plan = MemoryPlan(roles, _remedies(config, shape, batch), note, config.rollout.in_turns)
     if plan.in_turns:
         learning, sampling = (plan.gpu_need(role)[0] / GIB for role in roles[:2])
@@ -124,9 +128,10 @@ def check_memory(plan: MemoryPlan, gpu_bytes: float | None, main_bytes: float | 
                 f"{_advice(plan) if role.name == 'learner' else _more_gpu(plan, role)}"
             )
     if main_bytes is not None and plan.main_memory > main_bytes:
+        remedy = "; take a smaller model" if plan.roles[0].gpus > 0 else _advice(plan)
         raise ConfigError(
             f"the processes need {plan.main_memory / GIB:.1f} GiB of main memory together and there are "
-            f"{main_bytes / GIB:.1f}{_advice(plan)}, or fewer workers"
+            f"{main_bytes / GIB:.1f}{remedy}, or fewer workers"
         )
 
 
@@ -139,21 +144,22 @@ def available_memory(
     else:
         gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     needs_gpu = any(role.gpus > 0 for role in plan.roles)
-    elsewhere = cluster_address(ray) is not None or (needs_gpu and not torch.cuda.is_available())
-    return gpu, None if elsewhere else float(psutil.virtual_memory().available)
+    elsewhere = not starts_own_ray(ray) or (needs_gpu and not torch.cuda.is_available())
+    return gpu, None if elsewhere else float(local_memory()[1])
 
 
 def memory_table(plan: MemoryPlan) -> Table:
     """The plan as a table, GiB of one process of each role."""
-    table = Table(title=TITLE, caption=plan.note, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=TITLE, caption=plan.note, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("role")
-    for column in ("device", *COLUMNS, "total"):
+    for column in ("device", *COLUMNS, "total", "main"):
         table.add_column(column, justify="right", no_wrap=True)
     for role in plan.roles:
         device = "CPU" if role.gpus == 0 else f"{role.gpus:g} GPU"
         cells = [f"{role.bytes[c] / GIB:.2f}" if role.bytes.get(c) else "" for c in COLUMNS]
-        table.add_row(f"{role.count} x {role.name}", device, *cells, f"{role.total / GIB:.2f}")
-    table.add_row("main memory, with Ray", *[""] * (len(COLUMNS) + 1), f"{plan.main_memory / GIB:.2f}")
+        both = (f"{amount / GIB:.2f}" for amount in (role.total, role.main_memory))
+        table.add_row(f"{role.count} x {role.name}", device, *cells, *both)
+    table.add_row("together, with Ray", *[""] * (len(COLUMNS) + 2), f"{plan.main_memory / GIB:.2f}")
     return table
 
 
@@ -162,7 +168,7 @@ def learner_role(
 ) -> Role:
     """The learners; `batch` is what one pass keeps, in bytes."""
     trained = shape.adapter_parameters()
-    process = CUDA_BYTES if learner.num_gpus > 0 else PROCESS_BYTES["learner"]
+    process, host = _process("learner", learner.num_gpus)
     if learner.shard_base:
         weights = sharded_weight_bytes(shape, policy.quantization, policy.double_quantization, learner.workers)
     else:
@@ -173,7 +179,12 @@ def learner_role(
         "batch": batch,
         "process": process,
     }
-    return Role("learner", learner.workers, learner.num_gpus, purposes)
+    return Role("learner", learner.workers, learner.num_gpus, purposes, host)
+
+
+def _process(kind: str, gpus: float) -> tuple[float, float]:
+    """(bytes on its device, bytes of main memory beside them) of a process that does nothing yet."""
+    return (CUDA_BYTES, PROCESS_BYTES[kind]) if gpus > 0 else (PROCESS_BYTES[kind], 0.0)
 
 
 def _activations(config: Config, shape: Skeleton, checkpointing: bool, accumulation: int | None = None) -> float:
@@ -186,33 +197,48 @@ def _activations(config: Config, shape: Skeleton, checkpointing: bool, accumulat
 
 
 def _rollout_worker(config: Config, shape: Skeleton) -> Role:
-    rollout = config.rollout
+    rollout, parts = config.rollout, config.rollout.tensor_parallel
     engine, sync, _ = choose_engine(rollout, type(shape.base).__name__)
-    longest = config.data.max_tokens + 1 + rollout.max_new_tokens
-    cache = rollout.kv_cache_mib * 2**20
+    weights, trained = weight_bytes(shape, "none"), shape.adapter_parameters() * shape.dtype.itemsize
+    # A push starts from pristine weights, which the process of every part has whole, in main memory.
+    pristine = weights * parts if sync == "merged" else 0.0
+    process, host = _process(engine, rollout.num_gpus)
+    processes = 1 if parts == 1 else parts + 1  # the actor's own beside those of the parts
+    purposes: dict[str, float] = {"cache": rollout.kv_cache_mib * 2**20}
     if engine == "transformers":
-        cache = int(rollout.max_num_seqs * longest * cache_bytes_per_token(shape))
-    purposes = {
-        "weights": weight_bytes(shape, "none"),
-        "trained": shape.adapter_parameters() * shape.dtype.itemsize,
-        "cache": cache,
-        "process": CUDA_BYTES if rollout.num_gpus > 0 else PROCESS_BYTES[engine],
-    }
-    parts = rollout.tensor_parallel
+        # `generate` keeps the float32 scores of every step until the last.
+        scores = 4.0 * rollout.max_num_seqs * rollout.max_new_tokens * shape.base.config.vocab_size
+        purposes = {"cache": rollout.max_num_seqs * _longest(config) * cache_bytes_per_token(shape), "batch": scores}
     if rollout.num_gpus > 0:
         # Of one GPU: each has its part of the weights, and a cache of its own.
-        purposes |= {"weights": purposes["weights"] / parts, "trained": purposes["trained"] / parts}
+        purposes |= {"weights": weights / parts, "trained": trained / parts, "process": process}
+        asleep = weights + trained if rollout.in_turns else 0.0
+        host = host * processes + pristine + asleep
     else:
-        processes = 1 if parts == 1 else parts + 1  # the actor's own beside those of the parts
-        purposes |= {"cache": cache * parts, "process": purposes["process"] * processes}
-    if rollout.num_gpus == 0 and sync == "merged":
-        # A push starts from pristine weights, which every process keeps beside the served ones.
-        purposes["weights"] *= 1 + parts
-    return Role("rollout worker", rollout.workers, rollout.num_gpus, purposes)
+        purposes |= {"weights": weights + pristine, "trained": trained, "process": process * processes}
+        purposes["cache"] *= parts
+    return Role("rollout worker", rollout.workers, rollout.num_gpus, purposes, host)
+
+
+def _held(config: Config, shape: Skeleton) -> str:
+    """How many sequences a rollout worker advances together, and whether its cache, if it has one, holds them."""
+    rollout, longest = config.rollout, _longest(config)
+    if choose_engine(rollout, type(shape.base).__name__)[0] == "transformers":
+        return f"a rollout worker advances {rollout.max_num_seqs} sequences of {longest} tokens (rollout.max_num_seqs)"
+    held = rollout.kv_cache_mib * 2**20 / (cache_bytes_per_token(shape) * longest)
+    return (
+        f"a rollout worker's KV cache holds {held:,.0f} sequences of {longest} tokens "
+        f"(rollout.max_num_seqs={rollout.max_num_seqs})"
+    )
+
+
+def _longest(config: Config) -> int:
+    """Tokens of the longest sequence."""
+    return config.data.max_tokens + 1 + config.rollout.max_new_tokens
 
 
 def _classifier(classifier: ClassifierConfig) -> Role:
-    process = CUDA_BYTES if classifier.num_gpus > 0 else PROCESS_BYTES["classifier"]
+    process, host = _process("classifier", classifier.num_gpus)
     purposes = {"process": process}
     if classifier.kind == "transformers":
         with torch.device("meta"):
@@ -221,7 +247,7 @@ def _classifier(classifier: ClassifierConfig) -> Role:
         widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         purposes["weights"] = 4.0 * sum(p.numel() for p in model.parameters())
         purposes["batch"] = 4.0 * classifier.batch_size * classifier.max_length * (widest + 4 * config.hidden_size)
-    return Role(f"classifier {classifier.name}", classifier.replicas, classifier.num_gpus, purposes)
+    return Role(f"classifier {classifier.name}", classifier.replicas, classifier.num_gpus, purposes, host)
 
 
 def _remedies(config: Config, shape: Skeleton, now: float) -> dict[str, float]:

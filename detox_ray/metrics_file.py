@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+T = TypeVar("T")
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"  # by the judge, while it trains
 REJECTED_FILE = "rejected_steps.jsonl"  # why steps were rejected and what was done
@@ -47,6 +49,44 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def metrics_line(text: str) -> dict[str, Any] | None:
+    """A line of a metrics file; None: it is damaged."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
+class FollowedFile(Generic[T]):
+    """The lines of a file that another process writes, each read once; `parse` makes something of a line, or None."""
+
+    def __init__(self, path: Path, parse: Callable[[str], T | None]) -> None:
+        self._path = path
+        self._parse = parse
+        self._file = 0  # its inode
+        self._offset = 0
+        self._found: list[T] = []
+
+    def lines(self) -> list[T]:
+        """What was made of all lines so far; a last one without an end waits for its rest.
+
+        A file that has become shorter, or another one in its place, as `cut_metrics` leaves it, is read anew.
+        """
+        try:
+            with self._path.open("rb") as file:
+                now = os.fstat(file.fileno())
+                if now.st_ino != self._file or now.st_size < self._offset:
+                    self._file, self._offset, self._found = now.st_ino, 0, []
+                file.seek(self._offset)
+                whole, end, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._offset += len(whole + end)
+        parsed = (self._parse(line) for line in whole.decode("utf-8", errors="replace").split("\n"))
+        self._found += [line for line in parsed if line is not None] if end else []
+        return list(self._found)
 
 
 def cut_metrics(path: Path, first_step: int) -> None:

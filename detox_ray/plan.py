@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import torch
 
-from detox_ray.cluster import check_cluster_answers, cluster_address, local_capacity
+from detox_ray.cluster import check_cluster_answers, local_capacity, starts_own_ray
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.config_section import S
 from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
@@ -67,7 +67,7 @@ def prepare(config: Config, terminal: Terminal) -> Iterator[Plan]:
         ConfigError, DataError, ModelError: something does not fit.
     """
     check_usable(config.run_dir)
-    if cluster_address(config.ray) is None:
+    if starts_own_ray(config.ray):
         check_placements(placements(config), local_capacity(config.ray))
         if config.train.compile:
             check_compiler()

@@ -20,8 +20,12 @@ class OptimizerConfig(Section):
     """How the adapter's weights are moved along their gradients."""
 
     learning_rate: float = Field(3e-4, gt=0, le=1, description="of the adapter")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rates rise from 0")
-    schedule: Literal["constant", "linear"] = Field("constant", description="linear: rates fall to 0 at the last step")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps over which the learning rates rise: 1/n of them at the first of n, all at the last"
+    )
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="linear: rates fall all the way, to 1/n of them at the last of n steps"
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")

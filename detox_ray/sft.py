@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from detox_ray.cluster import cluster_address, local_capacity, ray_session, wait_in_words
+from detox_ray.cluster import local_capacity, ray_session, starts_own_ray, wait_in_words
 from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
 from detox_ray.data.learned import learned_by, write_learned
 from detox_ray.errors import ConfigError, ModelError
@@ -100,7 +100,7 @@ def prepare(config: SFTConfig, terminal: Terminal) -> Iterator[TuningPlan]:
         ConfigError, DataError, ModelError: something does not fit.
     """
     check_usable(config.run_dir)
-    if cluster_address(config.ray) is None:
+    if starts_own_ray(config.ray):
         check_placements([learner_placement(config.train)], local_capacity(config.ray))
         if config.train.compile:
             check_compiler()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from detox_ray.metrics_file import read_metrics
+from detox_ray.metrics_file import FollowedFile, metrics_line
 
 POLL_S = 0.5
 
@@ -48,11 +48,11 @@ class Terminal:
         stop = threading.Event()
         with self._progress() as progress:
             task = progress.add_task("training", total=total_steps)
-            shown = 0
+            steps, shown = FollowedFile(metrics_file, metrics_line), 0
 
             def show_new() -> None:
                 nonlocal shown
-                lines = read_metrics(metrics_file)
+                lines = steps.lines()
                 for line in lines[shown:]:
                     progress.console.print(line_of(line, total_steps), soft_wrap=True)
                 shown = max(shown, len(lines))

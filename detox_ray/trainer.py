@@ -22,7 +22,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 
-from detox_ray.errors import DetoxError
+from detox_ray.errors import DetoxError, last_line
 from detox_ray.hung_actor import kill_when_hung
 from detox_ray.learner.checkpoint_folder import remove_unlisted, remove_wrong_list
 from detox_ray.learner_config import LearnerConfig
@@ -71,7 +71,7 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
         except TrainingFailedError as error:
             logger.error("the learner failed", exc_info=error)
             run.raise_failure()
-            raise _own_failure(error) or _gave_up("the learner", config, run, _last_line(error)) from error
+            raise _own_failure(error) or _gave_up("the learner", config, run, last_line(error)) from error
         else:
             run.raise_failure()
             return
@@ -175,10 +175,6 @@ def _gave_up(who: str, config: LearnerConfig, run: RunFolder, reason: str) -> De
         f"{who} crashed more than train.max_failures={config.max_failures} times ({reason}); see "
         f"{run.path / 'run.log'}, then start the same command again to continue"
     )
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _run_packed(settings: dict[str, bytes]) -> None:

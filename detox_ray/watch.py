@@ -16,7 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from detox_ray.folder_lock import is_in_use
-from detox_ray.metrics_file import EVALUATIONS_FILE, FAILURE_FILE, FINE_TUNING_FILE, REJECTED_FILE, read_metrics
+from detox_ray.metrics_file import (
+    EVALUATIONS_FILE,
+    FAILURE_FILE,
+    FINE_TUNING_FILE,
+    REJECTED_FILE,
+    FollowedFile,
+    metrics_line,
+)
 from detox_ray.run_folder import LOG_FILE, RunFolder
 
 REFRESH_S = 1.0
@@ -60,6 +67,16 @@ class RunView:
         return self.lines[-1]["step"] + 1 if self.lines else 0
 
 
+class GrowingFiles:
+    """What is read of a run's folder, each line once."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.steps = FollowedFile(run.metrics_file, metrics_line)
+        self.evaluations = FollowedFile(run.path / EVALUATIONS_FILE, metrics_line)
+        self.rejected = FollowedFile(run.path / REJECTED_FILE, metrics_line)
+        self.warnings = FollowedFile(run.path / LOG_FILE, _warning)
+
+
 def watch(folder: str | Path, once: bool = False, console: Console | None = None) -> None:
     """Show the run until it is over or Ctrl-C; with `once`, or where nobody looks on, print it and end.
 
@@ -68,18 +85,19 @@ def watch(folder: str | Path, once: bool = False, console: Console | None = None
     """
     run = RunFolder.existing(folder)
     console = console or Console(highlight=False)
-    view = look(run)
+    files = GrowingFiles(run)
+    view = look(run, files)
     if once or not console.is_terminal:
         console.print(panel(view, time.time()))
         return
     with Live(panel(view, time.time()), console=console, auto_refresh=False) as live:
         while view.running:
             time.sleep(REFRESH_S)
-            view = look(run)
+            view = look(run, files)
             live.update(panel(view, time.time()), refresh=True)
 
 
-def look(run: RunFolder) -> RunView:
+def look(run: RunFolder, files: GrowingFiles) -> RunView:
     """The run as its folder is now."""
     config = yaml.safe_load(run.config_file.read_text(encoding="utf-8")) or {}
     running, total_steps = is_in_use(run.path), config.get("train", {}).get("total_steps")
@@ -88,10 +106,10 @@ def look(run: RunFolder) -> RunView:
         total_steps=total_steps,
         running=running,
         state="running" if running else _end(run, total_steps),
-        lines=read_metrics(run.metrics_file),
-        evaluations=read_metrics(run.path / EVALUATIONS_FILE),
-        rejected=read_metrics(run.path / REJECTED_FILE),
-        warnings=_warnings(run.path / LOG_FILE),
+        lines=files.steps.lines(),
+        evaluations=files.evaluations.lines(),
+        rejected=files.rejected.lines(),
+        warnings=files.warnings.lines(),
     )
 
 
@@ -187,9 +205,6 @@ def _health(restarts: int) -> str:
     return f"[yellow]lost and brought back {restarts} {'time' if restarts == 1 else 'times'}[/yellow]"
 
 
-def _warnings(log: Path) -> list[str]:
-    """What `run.log` warns of: lost workers, evaluations and trackers, rejected steps."""
-    if not log.exists():
-        return []
-    with log.open(encoding="utf-8", errors="replace") as file:
-        return [line.strip() for line in file if " WARNING " in line or " ERROR " in line]
+def _warning(line: str) -> str | None:
+    """What a line of `run.log` warns of: lost workers, evaluations and trackers, rejected steps."""
+    return line.strip() if " WARNING " in line or " ERROR " in line else None

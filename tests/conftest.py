@@ -60,6 +60,8 @@ def refused_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     """Run `detox-ray` with arguments; returns the one line it is refused with."""
     from detox_ray import cli
 
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever other tests have started
+
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["detox-ray", *arguments])
         with pytest.raises(SystemExit) as stopped:

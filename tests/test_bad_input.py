@@ -102,6 +102,17 @@ def test_more_workers_than_cpus(refused: Refused) -> None:
     assert "lower rollout.workers" in refused("rollout.workers=40")
 
 
+def test_the_callers_own_ray_is_not_measured_by_this_machine(
+    refused: Refused, refused_line: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: str
+) -> None:
+    given = ("rollout.workers=400", f"data.source={tmp_path}/nowhere.jsonl")
+    evaluate = partial(refused_line, "evaluate", tiny_model, f"output_dir={tmp_path}", "scorers=[]")
+    assert "lower rollout.workers" in evaluate(*given)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    assert "nowhere.jsonl' does not exist" in refused(*given)
+    assert "nowhere.jsonl' does not exist" in evaluate(*given)
+
+
 def test_no_vllm(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_why_not_vllm", lambda architecture, num_gpus: engine.NOT_INSTALLED)
     assert "vLLM is not installed; install" in refused("rollout.engine=vllm")

@@ -100,6 +100,8 @@ def test_templates_are_texts(template: str) -> None:
         ({"ppo": {"batch_size": 30, "minibatches": 4}}, r"ppo\.batch_size=30 is not a multiple"),
         ({"ppo": {"estimator": "rloo"}}, r"set rollout\.samples_per_prompt"),
         ({"train": {"num_cpus": 0}}, r"train\.num_cpus=0: Ray Train places no learner that takes nothing; set 0\.1"),
+        ({"rollout": {"num_gpus": 1.5}}, r"rollout\.num_gpus = 1\.5: above 1 Ray takes whole numbers only"),
+        ({"train": {"num_gpus": 2.5}}, r"train\.num_gpus = 2\.5: above 1 Ray"),
         ({"rollout": {"in_turns": True}}, r"rollout\.in_turns=true shares one GPU: .* not 0 and 0"),
         (
             {"rollout": {"in_turns": True, "num_gpus": 0.5, "workers": 2}, "train": {"num_gpus": 0.5}},
@@ -117,6 +119,10 @@ def test_templates_are_texts(template: str) -> None:
         (
             {"reward": {"classifiers": [{"name": "a", "kind": "linear", "model": "profanity_check:predict_prob"}]}},
             r"evaluation\.judge: 'profanity_check:predict_prob' is also in the reward.*name another judge",
+        ),
+        (
+            {"reward": {"classifiers": [{**MINIMAL["reward"]["classifiers"][0], "num_gpus": 1.5}]}},
+            r"classifiers\.0\.num_gpus = 1\.5: above 1 Ray",
         ),
         (
             {"reward": {"classifiers": [MINIMAL["reward"]["classifiers"][0]] * 2}},

@@ -11,7 +11,7 @@ from detox_ray.cli import app
 from detox_ray.config import Config
 from detox_ray.config_file import load_config
 from detox_ray.errors import ConfigError
-from detox_ray.memory_plan import GIB, check_memory, memory_table, plan_memory
+from detox_ray.memory_plan import GIB, RAY_BYTES, check_memory, memory_table, plan_memory
 from detox_ray.sft_config import SFTConfig
 from detox_ray.tuning_memory import plan_tuning_memory
 
@@ -90,6 +90,38 @@ def test_a_gpu_that_is_shared_in_turns(model: str) -> None:
         check_memory(in_turns, 0.99 * size, None)
     with pytest.raises(ConfigError, match=r"of a GPU and has"):
         check_memory(together, size, None)
+
+
+def test_what_a_role_on_a_gpu_has_in_main_memory(model: str) -> None:
+    """A process, the pristine weights that pushes start from, and the weights of an engine that sleeps."""
+    base = ["rollout.engine=vllm", "policy.quantization=none", "rollout.workers=1", "rollout.num_gpus=1"]
+    served = plan_memory(configured(model, *base, "rollout.sync=adapter", "train.num_gpus=1"))
+    learner, worker, _ = served.roles
+    process = worker.main_memory
+    assert 0 < process < GIB
+    assert 0 < learner.main_memory < GIB
+    assert served.main_memory == pytest.approx(RAY_BYTES + sum(role.main_memory for role in served.roles))
+
+    weights = worker.bytes["weights"]
+    merged = plan_memory(configured(model, *base, "train.num_gpus=1")).roles[1]
+    assert merged.bytes == worker.bytes
+    assert merged.main_memory == pytest.approx(process + weights)
+    parted = plan_memory(
+        configured(model, *base, "rollout.num_gpus=2", "rollout.tensor_parallel=2", "train.num_gpus=1")
+    ).roles[1]
+    assert parted.main_memory == pytest.approx(3 * process + 2 * weights)
+    shared = ["rollout.num_gpus=0.5", "train.num_gpus=0.5", "rollout.in_turns=true"]
+    in_turns = plan_memory(configured(model, *base, *shared)).roles[1]
+    assert in_turns.main_memory == pytest.approx(process + 2 * weights + worker.bytes["trained"])
+
+
+def test_the_transformers_engine_keeps_scores_and_has_no_cache_to_fill(model: str) -> None:
+    few = ["rollout.max_num_seqs=8", "rollout.max_new_tokens=10"]
+    plan = plan_memory(configured(model, *few))
+    assert plan.roles[1].bytes["batch"] == 4 * 8 * 10 * 32000
+    assert "a rollout worker advances 8 sequences of " in plan.note
+    assert "cache" not in plan.note
+    assert "KV cache holds" in plan_memory(configured(model, "rollout.engine=vllm", *few)).note
 
 
 def test_the_command(model: str) -> None:

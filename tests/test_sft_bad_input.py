@@ -55,6 +55,13 @@ def test_examples(refused: Refused, tmp_path: Path) -> None:
     assert "1 dialogue whose turns do not alternate" in refused(f"data.source={broken}")
 
 
+def test_the_callers_own_ray_is_not_measured_by_this_machine(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("ray.address=null", "train.workers=32", "data.source=nowhere.csv")
+    assert "lower train.workers" in refused(*given)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    assert "nowhere.csv does not exist" in refused(*given)
+
+
 def test_template(refused: Refused) -> None:
     assert "template 'Human: ' has no {prompt}" in refused("data.template='Human: '")
     assert "has no chat template; write one" in refused("data.template=chat")

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 
 from detox_ray.run_folder import RunFolder
 from detox_ray.timeline import write_timeline
-from detox_ray.watch import look, panel, sparkline
+from detox_ray.watch import GrowingFiles, RunView, look, panel, sparkline
 
 pytestmark = pytest.mark.unit
 TIMES = {"time_rollout_s": 1.0, "time_reward_s": 0.5, "time_learn_s": 2.0, "time_push_s": 0.5, "time_step_s": 4.0}
@@ -44,8 +44,13 @@ def printed(content: Group) -> str:
     return "\n".join(line.rstrip() for line in console.export_text().splitlines())
 
 
+def looked_at(folder: Path) -> RunView:
+    run = RunFolder.existing(folder)
+    return look(run, GrowingFiles(run))
+
+
 def seen(folder: Path) -> str:
-    return printed(panel(look(RunFolder.existing(folder)), now=0.0))
+    return printed(panel(looked_at(folder), now=0.0))
 
 
 def test_a_run_that_stopped(run: Path) -> None:
@@ -80,7 +85,7 @@ def test_a_run_that_goes_on_and_one_that_is_complete(run: Path) -> None:
 def test_a_run_that_hangs_is_told_from_one_that_works_and_one_that_evaluates(run: Path) -> None:
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        view = look(RunFolder.existing(run))
+        view = looked_at(run)
         assert "100 s ago\n" in printed(panel(view, now=1110.0))
         assert "190 s ago: the run may hang; see run.log" in printed(panel(view, now=1200.0))
         done = replace(view, total_steps=3)

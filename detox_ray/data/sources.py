@@ -9,7 +9,7 @@ from typing import Any
 from detox_ray.config import DataConfig
 from detox_ray.config_section import LAB_PREFIX
 from detox_ray.data.lab import lab_source
-from detox_ray.errors import DataError
+from detox_ray.errors import DataError, first_line
 from detox_ray.hub import why_not_loaded
 
 Record = Mapping[str, Any]
@@ -66,8 +66,7 @@ def _read_file(path: Path, text_column: str) -> list[Record]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (OSError, csv.Error, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise DataError(f"{path} cannot be read as {path.suffix}: {first_line}; repair or convert it") from None
+        raise DataError(f"{path} cannot be read as {path.suffix}: {first_line(error)}; repair or convert it") from None
     raise DataError(f"data.source = {str(path)!r}: unknown kind of file; give one of {', '.join(FILE_SUFFIXES)}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from detox_ray.errors import DataError
+from detox_ray.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 # A text beyond this length is cut: no classifier of ours reads that far, and one such text would stall the others.
@@ -277,8 +277,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES)
     except (pa.ArrowInvalid, OSError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise DataError(f"{path} cannot be read as Parquet: {first_line}; repair or convert it") from None
+        raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}; repair or convert it") from None
 
 
 def _rechunk(file: pq.ParquetFile, rows: int) -> Iterator[pa.Table]:

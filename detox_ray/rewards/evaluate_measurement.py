@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from detox_ray.classifier_config import ClassifierConfig, measurement_script
-from detox_ray.errors import ConfigError, ModelError, RewardError
-from detox_ray.rewards.model_config import HUB_ID, check_sequence_classifier, first_line
+from detox_ray.errors import ConfigError, ModelError, RewardError, first_line
+from detox_ray.rewards.model_config import HUB_ID, check_sequence_classifier
 from detox_ray.rewards.probability import ProbabilityClassifier
 
 

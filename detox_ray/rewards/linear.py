@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from detox_ray.classifier_config import ClassifierConfig
-from detox_ray.errors import ConfigError, ModelError
-from detox_ray.rewards.model_config import first_line
+from detox_ray.errors import ConfigError, ModelError, first_line
 from detox_ray.rewards.probability import ProbabilityClassifier
 
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -69,8 +69,3 @@ def label_index(config: ClassifierConfig, id2label: dict[int, str]) -> int:
     raise ConfigError(
         f"classifier {config.name!r}: {config.model!r} has no label {config.label!r}; its labels: {listed}"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, to stand inside one of ours."""
-    return str(error).strip().split("\n")[0].rstrip(".;")

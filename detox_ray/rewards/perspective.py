@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 
 from detox_ray.classifier_config import ClassifierConfig, PerspectiveConfig
-from detox_ray.errors import ConfigError, RewardError
+from detox_ray.errors import ConfigError, RewardError, first_line
 from detox_ray.rewards.answer_cache import AnswerCache
 from detox_ray.rewards.deadline import check_deadline, seconds_left
-from detox_ray.rewards.model_config import first_line
 from detox_ray.rewards.perspective_client import EMPTY, TOO_LONG, Answer, PerspectiveClient
 from detox_ray.rewards.probability import ProbabilityClassifier
 

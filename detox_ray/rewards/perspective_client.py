@@ -16,8 +16,7 @@ from typing import Any
 import httpx
 
 from detox_ray.classifier_config import PerspectiveConfig
-from detox_ray.errors import RewardError
-from detox_ray.rewards.model_config import first_line
+from detox_ray.errors import RewardError, first_line
 
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 # Who is asked to wait longer has used up a quota and should know.

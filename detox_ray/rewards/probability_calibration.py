@@ -128,14 +128,10 @@ def _best_method(probability: np.ndarray, toxic: np.ndarray, seed: int) -> Metho
 
 def _heldout_loss(probability: np.ndarray, toxic: np.ndarray, method: Method, seed: int) -> np.ndarray:
     """The log loss `[N]` of each text under the map fitted without its fold."""
-    rng = np.random.default_rng(seed)
-    fold = np.empty(len(toxic), dtype=np.int64)
-    for label in (False, True):
-        members = rng.permutation(np.flatnonzero(toxic == label))
-        fold[members] = np.arange(len(members)) % FOLDS
+    from sklearn.model_selection import StratifiedKFold
+
     losses = np.empty(len(toxic))
-    for number in range(FOLDS):
-        inside, outside = fold != number, fold == number
+    for inside, outside in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(probability, toxic):
         found = fit_map(probability[inside], toxic[inside], method)
         losses[outside] = log_loss(calibrated(probability[outside], found), toxic[outside])
     return losses

@@ -23,8 +23,9 @@ import pyarrow as pa
 from detox_ray.classifier_config import ClassifierConfig, make_classifier_absolute
 from detox_ray.cluster import ray_session
 from detox_ray.config import RayConfig
+from detox_ray.config_section import is_fraction_above_one
 from detox_ray.data.tables import FileSurvey, described, read_tables, require_columns, survey
-from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError
+from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError, last_line
 from detox_ray.metrics_file import write_atomically
 from detox_ray.placement import Capacity
 from detox_ray.rewards.classifiers import check_classifier
@@ -177,8 +178,8 @@ def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Te
                     deaths += 1
                     if deaths == WORKER_DEATHS:
                         raise RewardError(
-                            f"{deaths} scoring workers died: {str(error).strip().splitlines()[-1]} With fewer workers "
-                            "there is more memory for each; the same command continues"
+                            f"{deaths} scoring workers died: {last_line(error)}. With fewer workers there is "
+                            "more memory for each; the same command continues"
                         ) from None
 
 
@@ -258,13 +259,19 @@ def _checked(classifiers: Sequence[ClassifierConfig]) -> list[ClassifierConfig]:
     """The classifiers with the paths of their models absolute, for other processes.
 
     Raises:
-        ConfigError, ModelError: there is none, two have one name, or one cannot be loaded.
+        ConfigError, ModelError: there is none, two have one name, one cannot be loaded, or Ray does not give out as
+            many GPUs as they need together.
     """
     names = [classifier.name for classifier in classifiers]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"classifiers {names}: give one or more, each with its own name")
     for classifier in classifiers:
         check_classifier(classifier)
+    if is_fraction_above_one(gpus := sum(classifier.num_gpus for classifier in classifiers)):
+        raise ConfigError(
+            f"the num_gpus of the classifiers are {gpus:g} together, and above 1 Ray takes whole numbers only; a "
+            "worker has all classifiers: change one of them"
+        )
     trees = [classifier.model_dump() for classifier in classifiers]
     for tree in trees:
         make_classifier_absolute(tree)

@@ -4,7 +4,7 @@ import traceback
 
 from ray.exceptions import RayTaskError
 
-from detox_ray.errors import DetoxError
+from detox_ray.errors import DetoxError, first_line
 
 # A restarting replica takes seconds; asking more often only fills logs.
 RESTART_POLL_S = 0.5
@@ -27,5 +27,5 @@ def described(error: BaseException) -> str:
     """Our own error's message, or another's type and first line."""
     if isinstance(error, DetoxError):
         return str(error)
-    first = str(error).strip().split("\n")[0]
+    first = first_line(error)
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

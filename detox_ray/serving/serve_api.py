@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from detox_ray.cluster import check_capacity, cluster_address, local_capacity
+from detox_ray.cluster import check_capacity, local_capacity, starts_own_ray
 from detox_ray.placement import Placement, check_placements
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_for_proxies, wait_until_stopped
@@ -22,13 +22,11 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
             classifiers need.
         RewardError: a classifier does not start, or not within `reward.start_timeout_s`.
     """
-    import ray
-
     from detox_ray.serving.http_api import GRACE_S, build_http_app
     from detox_ray.serving.reward_app import deploy_in_background, wait_until_running
 
     needed = service_placements(config)
-    if not ray.is_initialized() and cluster_address(config.ray) is None:
+    if starts_own_ray(config.ray):
         check_placements(needed, local_capacity(config.ray))  # before anything is started
     timeout_s = config.limits.body_timeout_s + config.limits.timeout_s + GRACE_S
     with serve_session(config.ray, config.http.host, config.http.port, timeout_s) as address:

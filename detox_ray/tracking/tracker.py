@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from detox_ray.config import RunSettings
-from detox_ray.errors import ConfigError
+from detox_ray.errors import ConfigError, first_line
 from detox_ray.metrics_file import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from detox_ray.tracking.remote import MlflowSink, WandbSink
 from detox_ray.tracking.tensorboard import TensorBoardSink
@@ -113,7 +113,7 @@ class _BackgroundSink:
             sink.close()
         except Exception as error:
             # Whatever a service or its client raises, the run and its own files come first.
-            reason = str(error).strip().split("\n")[0] or "no reason given"
+            reason = first_line(error) or "no reason given"
             logger.warning("%s gets no more metrics (%s: %s)", self._name, type(error).__name__, reason)
 
 

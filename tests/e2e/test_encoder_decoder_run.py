@@ -57,11 +57,17 @@ evaluation:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_fine_tuned_then_detoxified(folder: Path, tiny_t5: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fine_tuned_then_detoxified(
+    folder: Path, tiny_t5: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded: list[str] = []  # apps on a Serve that would outlive this process
+    monkeypatch.setattr("detox_ray.loop.guard_app", guarded.append)
+    monkeypatch.setattr("detox_ray.cluster.started_here", lambda: False)
     tuning = fine_tune(load_sft_config(folder / "sft.yaml"), quiet=True)
     assert tuning["dev_loss"] < tuning["dev_loss_before"]
     evaluation = train(load_config(folder / "train.yaml"), quiet=True)
     assert capsys.readouterr().out == ""
+    assert len(guarded) == 1
     assert evaluation == json.loads((folder / "run" / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]

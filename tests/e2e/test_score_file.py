@@ -197,3 +197,10 @@ def test_a_classifier_that_fails_is_named_in_one_line(modules: Path, tmp_path: P
     (modules / "mended.py").write_text("def toxicity(texts):\n    return [0.25] * len(texts)\n")
     summary = score_file(tmp_path / "texts.csv", tmp_path / "out", [weak], workers=1)
     assert summary["scorers"]["weak"]["mean_toxicity"] == 0.25
+
+
+def test_gpus_that_ray_does_not_give_one_worker_are_refused(modules: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text\nyou fool\n")
+    shares = [LINEAR.model_copy(update={"name": name, "num_gpus": 0.75}) for name in ("one", "two")]
+    with pytest.raises(ConfigError, match=r"num_gpus of the classifiers are 1\.5 together, and above 1 Ray takes"):
+        score_file(tmp_path / "texts.csv", tmp_path / "out", shares, workers=1)

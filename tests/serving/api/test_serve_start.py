@@ -33,7 +33,7 @@ def of_service(address: str, **settings: object) -> ApiConfig:
     [
         (
             {"num_gpus": 2},
-            r"needs 2 GPUs \(1 x classifier words with 2\) and Ray has 0; .*0\.num_gpus; .*ray\.autoscaling=true",
+            r"needs 2 GPUs \(1 x classifier words with 2\) and Ray has 0; .*0\.num_gpus\Z",
         ),
         ({"resources": {"scorer_node": 1}}, "needs 1 of 'scorer_node'"),
         ({"replicas": 50, "num_cpus": 1}, r"needs 50 CPUs .* lower reward\.classifiers\.0\.replicas"),
