@@ -15,12 +15,12 @@ def lock(folder: Path) -> None:
     """Hold the folder for the life of this process, or until `release`.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or this one does for another command.
         OSError: it cannot be written.
     """
     path = folder / LOCK_FILE
     if path in _held:
-        return
+        raise ConfigError(f"{folder} is in use by another command of this process; wait, or choose another name=...")
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

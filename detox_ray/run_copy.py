@@ -19,7 +19,7 @@ import pyarrow
 import yaml
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalFileSystem, PyFileSystem
 
-from detox_ray.errors import ConfigError, StorageError
+from detox_ray.errors import ConfigError, StorageError, first_line
 from detox_ray.folder_lock import is_in_use
 from detox_ray.metrics_file import ADAPTER_FOLDER, CHECKPOINT_FOLDER, CONFIG_FILE, MANIFEST_FILE, STEPS_FILE
 
@@ -83,7 +83,7 @@ class RunCopy:
         except (ConfigError, TakenOverError):
             raise
         except Exception as error:  # fsspec's file systems raise errors of their own
-            raise ConfigError(f"storage: {self.address} cannot be used ({_first_line(error)})") from None
+            raise ConfigError(f"storage: {self.address} cannot be used ({first_line(error)})") from None
 
     def config_tree(self) -> dict[str, Any] | None:
         """The configuration of the run in the copy; None: it has none that came as far as an adapter.
@@ -99,7 +99,7 @@ class RunCopy:
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise ConfigError(f"storage: {self.address} cannot be used ({_first_line(error)})") from None
+            raise ConfigError(f"storage: {self.address} cannot be used ({first_line(error)})") from None
         return found if isinstance(found, dict) else None
 
     def save(self, folder: Path) -> None:
@@ -126,7 +126,7 @@ class RunCopy:
             raise
         except Exception as error:
             raise StorageError(
-                f"storage: {self.address} cannot be written ({_first_line(error)}); the run is whole in {folder}: "
+                f"storage: {self.address} cannot be written ({first_line(error)}); the run is whole in {folder}: "
                 "start the same command again once the cause is mended"
             ) from None
 
@@ -285,7 +285,7 @@ def _file_system(storage: str) -> tuple[FileSystem, str]:
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
         return _fsspec_file_system(storage)
     except OSError as error:
-        raise ConfigError(f"storage={storage!r} cannot be reached ({_first_line(error)})") from None
+        raise ConfigError(f"storage={storage!r} cannot be reached ({first_line(error)})") from None
 
 
 def _fsspec_file_system(storage: str) -> tuple[FileSystem, str]:
@@ -293,7 +293,7 @@ def _fsspec_file_system(storage: str) -> tuple[FileSystem, str]:
         found, path = fsspec.core.url_to_fs(storage)
     except (ValueError, ImportError, OSError) as error:
         raise ConfigError(
-            f"storage={storage!r} is no address that pyarrow or fsspec can open ({_first_line(error)}); "
+            f"storage={storage!r} is no address that pyarrow or fsspec can open ({first_line(error)}); "
             "give one such as s3://bucket/runs"
         ) from None
     return PyFileSystem(FSSpecHandler(found)), path
@@ -325,7 +325,3 @@ def _files_of(folder: Path) -> list[str]:
 def _notes_last(name: str) -> tuple[bool, str]:
     """What says that a checkpoint or an adapter is there comes after all the rest."""
     return name.endswith((MANIFEST_FILE, STEPS_FILE)), name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -117,7 +117,7 @@ class RunFolder:
                     copy.release()
 
     def _begin(self, config: RunSettings) -> None:
-        try:
+        with _refused_unless_writable(self.path):
             if self.config_file.exists() and self.has_results:
                 _refuse_another(str(self.path), self.read_config(type(config)), config)
             else:
@@ -125,8 +125,6 @@ class RunFolder:
                 (self.path / CALIBRATIONS_FILE).unlink(missing_ok=True)
             write_atomically(self.config_file, dump_config(config))
             (self.path / FAILURE_FILE).unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir: {self.path} cannot be written ({error.strerror})") from None
 
     @classmethod
     @contextmanager
@@ -137,14 +135,13 @@ class RunFolder:
             ConfigError: it is in use by another process, cannot be written, or would be deleted by Ray.
         """
         check_usable(path)
+        with _refused_unless_writable(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock(path)
         try:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                lock(path)
+            with _refused_unless_writable(path):
                 log_to(path)
                 _remove_unfinished(path)
-            except OSError as error:
-                raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror})") from None
             yield cls(path)
         finally:
             release(path)
@@ -204,6 +201,17 @@ class RunFolder:
         if path.exists():
             failure = json.loads(path.read_text(encoding="utf-8"))
             raise getattr(errors, failure["type"], DetoxError)(failure["message"])
+
+
+@contextmanager
+def _refused_unless_writable(folder: Path) -> Iterator[None]:
+    """Raises:
+    ConfigError: in place of what the system says of the folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
 
 
 def _remove_unfinished(folder: Path) -> None:

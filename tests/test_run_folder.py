@@ -92,3 +92,13 @@ def test_the_last_adapter_of_a_run_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / f"adapter.{dead.pid}.old").mkdir()
     with RunFolder.claim(tmp_path):
         assert (tmp_path / f"adapter.{dead.pid}.old").exists()
+
+
+def test_a_second_command_of_this_process_is_refused_and_lets_the_first_one_keep_the_folder(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunFolder.claim(path):
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="in use by another command of this process"), RunFolder.claim(path):
+                pass
+    with RunFolder.claim(path):
+        pass

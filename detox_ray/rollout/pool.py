@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from detox_ray.config import RolloutConfig
-from detox_ray.errors import DetoxError, ModelError, SyncError
+from detox_ray.errors import DetoxError, ModelError, SyncError, last_line
 from detox_ray.policy.adapter import Adapter
 from detox_ray.records import Canary, Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import in_order
@@ -289,7 +289,7 @@ class WorkerPool:
                     return ray.get(self._workers[index].version.remote(), timeout=max(0.1, deadline - time.monotonic()))
                 except RayActorError as error:
                     if error.actor_init_failed:
-                        raise ModelError(f"rollout worker {index} does not start: {_last_line(error)}") from None
+                        raise ModelError(f"rollout worker {index} does not start: {last_line(error)}") from None
                     problem = type(error).__name__
                 except GetTimeoutError as error:
                     problem = type(error).__name__
@@ -354,7 +354,3 @@ def is_stale(answers: list[dict[int, float]], previous: Canary, current: Canary)
 def _own_error(error: RayTaskError) -> Exception:
     """The error of ours that a remote call raised, or the call's own."""
     return error.cause if isinstance(error.cause, DetoxError) else error
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()

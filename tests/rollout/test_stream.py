@@ -5,7 +5,6 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,37 +13,18 @@ import numpy as np
 import pytest
 import ray
 from light_engine import LightPolicy, start_light_workers, take
+from light_stream import PROMPTS, LengthScorer, make_stream, publish
 from ray.exceptions import RayActorError
 
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter
-from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
-from detox_ray.rollout.pool import WorkerPool
+from detox_ray.records import Canary, Sampling
 from detox_ray.rollout.stream import RolloutStream
 from detox_ray.rollout.worker import stop_workers
 from detox_ray.schedule import Schedule
 
 pytestmark = pytest.mark.e2e
-PROMPTS = [Prompt(str(i), chr(40 + i), (0, 10 + i)) for i in range(16)]
-
-
-class LengthScorer:
-    """A reward that is easy to check: the number of characters; notes when it is given how many texts."""
-
-    def __init__(self) -> None:
-        self.given: list[tuple[float, int]] = []
-
-    def submit(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
-        assert len(texts) == len(prompts)
-        self.given.append((time.monotonic(), len(texts)))
-        return list(texts)
-
-    def result(self, response: list[str]) -> list[Score]:
-        return [Score(float(len(text)), {"length": float(len(text))}, 0.0) for text in response]
-
-    def reward(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> tuple[np.ndarray, dict[str, float]]:
-        return np.array([s.reward for s in scores], dtype=np.float32), {}
 
 
 @pytest.fixture(scope="module")
@@ -79,30 +59,6 @@ def stream_in_turns(workers: list[Any]) -> Iterator[RolloutStream]:
 def wide_stream(workers: list[Any]) -> Iterator[RolloutStream]:
     """80 responses of one worker and 120 of the other in a batch."""
     yield from make_stream(workers, max_staleness=0, samples=40)
-
-
-def make_stream(
-    workers: list[Any], max_staleness: int, in_turns: bool = False, samples: int = 2
-) -> Iterator[RolloutStream]:
-    config = RolloutConfig(
-        workers=len(workers),
-        num_cpus=0.5,
-        samples_per_prompt=samples,
-        max_new_tokens=6,
-        max_staleness=max_staleness,
-        in_turns=in_turns,
-    )
-    pool = WorkerPool(workers, config, canary_tolerance=1e-3)
-    pool.connect()
-    stream = RolloutStream(pool, Schedule(PROMPTS, 5, 0), LengthScorer(), config, seed=0)
-    yield stream
-    for batch in stream._in_flight.values():
-        batch.result()
-
-
-def publish(stream: RolloutStream, policy: LightPolicy, change: float = 0.0) -> int:
-    policy.change(change)
-    return stream.publish(policy.adapter, policy.canary())
 
 
 def test_batches_keep_prompts_samples_and_scores_together(stream: RolloutStream, policy: LightPolicy) -> None:
@@ -236,49 +192,6 @@ def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(
     assert [r.prompt_id for r in batch.rollouts] == [p.id for p in stale_stream.prompts_for_step(1) for _ in range(2)]
     # Whoever notices first, publisher or gatherer, brings the worker back; the other finds it there.
     assert batch.metrics["worker_restarts"] <= 1
-
-
-class Notes:
-    """An evaluation that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.prompts = PROMPTS
-        self.sampling = Sampling(6, seed=9)
-        self.given: list[tuple[Future[list[Rollout]], int]] = []
-
-    def judge(self, rollouts: Future[list[Rollout]], version: int, step: int, reward: float) -> None:
-        self.given.append((rollouts, version))
-
-    def finished(self, until: int) -> list[dict[str, float]]:
-        return []
-
-
-def test_a_worker_killed_under_an_evaluation_is_asked_again(stream: RolloutStream, policy: LightPolicy) -> None:
-    stream.evaluation = notes = Notes()
-    sent = publish(stream, policy)
-    stream.verify()
-    process = ray.get(stream.pool._workers[0].process_id.remote())
-    stream.evaluate(0, 0.5)
-    os.kill(process, signal.SIGKILL)
-    stream.start(0, last_step=0)
-    [(rollouts, version)] = notes.given
-    assert [r.prompt_id for r in rollouts.result(timeout=60)] == [p.id for p in PROMPTS]
-    assert {r.adapter_version for r in rollouts.result()} == {version} == {sent}
-    assert len(stream.next_batch(0, last_step=0).rollouts) == 10
-
-
-def test_a_batch_behind_a_long_evaluation_is_not_taken_for_silence(workers: list[Any], policy: LightPolicy) -> None:
-    streams = make_stream(workers, max_staleness=0)
-    stream = next(streams)
-    # The evaluation is of eight calls a worker, 0.2 s each.
-    stream.config = stream.pool._config = stream.config.model_copy(update={"max_num_seqs": 1, "timeout_s": 1.4})
-    stream.evaluation = notes = Notes()
-    notes.prompts = PROMPTS * 4
-    publish(stream, policy)
-    stream.evaluate(0, 0.5)
-    assert len(stream.next_batch(1, last_step=1).rollouts) == 10
-    assert stream.pool.restarts == 0
-    next(streams, None)
 
 
 def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy: LightPolicy) -> None:
