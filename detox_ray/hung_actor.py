@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -13,16 +14,24 @@ POLL_S = 5.0
 
 
 def kill_when_hung(
-    actor: Any, name: str, timeout_s: float, ended: threading.Event, restart_s: float | None = None
+    actor: Any,
+    name: str,
+    timeout_s: float,
+    ended: threading.Event,
+    restart_s: float | None = None,
+    may_wait: Callable[[], bool] = lambda: False,
 ) -> None:
     """Kill an asyncio actor that does not answer for `timeout_s`; returns once that happened, or `ended` is set.
 
-    With `restart_s` Ray starts it anew, which may take so long, as may the start it is in, and it is watched on.
+    With `restart_s` Ray starts it anew, which may take so long, as may the start it is in, and it is watched on. While
+    `may_wait()` is true its silence does not count.
     """
     answer, asked = actor.__ray_ready__.remote(), time.monotonic() + (restart_s or 0.0)
     while not ended.wait(POLL_S):
         if ray.wait([answer], timeout=0)[0]:
             answer, asked = actor.__ray_ready__.remote(), time.monotonic()
+        elif may_wait():
+            asked = time.monotonic()
         elif time.monotonic() - asked > timeout_s:
             logger.warning("%s has not answered for %.0f s and is killed", name, timeout_s)
             ray.kill(actor, no_restart=restart_s is None)

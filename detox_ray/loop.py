@@ -23,7 +23,7 @@ from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import RolloutStream, sampling_of
 from detox_ray.run_copy import mirrored_to_storage
 from detox_ray.schedule import Schedule
-from detox_ray.serving.app_guard import guard_app
+from detox_ray.serving.app_guard import end_spare_guard, guard_app
 from detox_ray.serving.controller_watch import SHORTEST_PATIENCE_S, controller_watched
 from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
 from detox_ray.serving.reward_client import RewardClient, fit_calibrations
@@ -114,6 +114,7 @@ def reward_app(plan: Plan, guarded: bool) -> Iterator[None]:
             yield
         finally:
             delete_reward_app(plan.app_name)
+            end_spare_guard(plan.app_name)
 
 
 def calibrated_reward(pool: WorkerPool, plan: Plan) -> RewardConfig:

@@ -57,6 +57,9 @@ class PPOConfig(OptimizerConfig):
     )
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
     gae_lambda: float = Field(0.95, ge=0, le=1)
+    group_by_length: bool = Field(
+        False, description="minibatches of rows of similar length, with less padding to compute, instead of any rows"
+    )
     whiten_advantages: bool = True
     clip_range: float = Field(0.2, gt=0, lt=1, description="epsilon of the policy ratio")
     value_clip_range: float = Field(0.2, gt=0, description="epsilon of the value function")

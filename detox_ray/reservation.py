@@ -65,6 +65,11 @@ def reserved(
         remove_placement_group(group)
 
 
+def has_room(group: PlacementGroup) -> bool:
+    """Whether all bundles of a group are on nodes that live."""
+    return bool(ray.util.placement_group_table(group)["state"] == "CREATED")
+
+
 def _say_waiting(
     group: PlacementGroup, lines: dict[str, str], say: Callable[[str], None], poll_s: float, ended: threading.Event
 ) -> None:

@@ -30,8 +30,11 @@ LEASE_S = 120  # a copy that nobody has written to for so long is in nobody's us
 RENEW_EVERY_S = 10
 CHUNK_BYTES = 16 * 2**20
 LEASE_FILE = "in_use.json"
+FETCHING_FILE = ".fetching"  # in a run folder into which a copy is being fetched
 # Ray's logs, what can be made again, and what is being written or replaced.
-LEFT_OUT = re.compile(r"(^|/)(\.lock|ray-logs|dequantized_base-[^/]*|[^/]+\.\d+\.(tmp|old)|in_use\.json)(/|$)")
+LEFT_OUT = re.compile(
+    r"(^|/)(\.lock|ray-logs|dequantized_base-[^/]*|[^/]+\.\d+\.(tmp|old)|in_use\.json|\.fetching)(/|$)"
+)
 INTERRUPT = signal.SIGUSR1  # not SIGINT, which a command in the background of a script ignores
 
 
@@ -69,21 +72,22 @@ class RunCopy:
         try:
             self._refuse_in_use()
             there, here = _steps(self._files, self._root), _steps(LocalFileSystem(), str(folder))
-            if there > here >= 0:
+            if (folder / FETCHING_FILE).exists():
+                here = 0
+            if there > here > 0:
                 raise ConfigError(
-                    f"storage: the run in {self.address} has come to step {there + 1} and that in {folder} to step "
-                    f"{here + 1}; remove {folder} to go on from the copy, or choose another name=..."
+                    f"storage: the run in {self.address} has come to step {there} and that in {folder} to step "
+                    f"{here}; remove {folder} to go on from the copy, or choose another name=..."
                 )
             self._lease["folder"] = str(folder)
             self._write_lease(time.time())
-            has_adapter = (folder / ADAPTER_FOLDER / STEPS_FILE).exists()
-            if there > here or (here < 0 and not has_adapter and self._has_adapter()):
+            if there > here:
                 self._fetch(folder)
             self._refuse_taken_over()
         except (ConfigError, TakenOverError):
             raise
         except Exception as error:  # fsspec's file systems raise errors of their own
-            raise ConfigError(f"storage: {self.address} cannot be used ({first_line(error)})") from None
+            raise ConfigError(f"storage: {self.address} cannot be used ({_reason(error)})") from None
 
     def config_tree(self) -> dict[str, Any] | None:
         """The configuration of the run in the copy; None: it has none that came as far as an adapter.
@@ -92,14 +96,14 @@ class RunCopy:
             ConfigError: the copy cannot be read.
         """
         try:
-            if _steps(self._files, self._root) < 0 and not self._has_adapter():
+            if _steps(self._files, self._root) == 0:
                 return None
             with self._files.open_input_stream(f"{self._root}/{CONFIG_FILE}") as file:
                 found = yaml.safe_load(file.read())
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise ConfigError(f"storage: {self.address} cannot be used ({first_line(error)})") from None
+            raise ConfigError(f"storage: {self.address} cannot be used ({_reason(error)})") from None
         return found if isinstance(found, dict) else None
 
     def save(self, folder: Path) -> None:
@@ -126,7 +130,7 @@ class RunCopy:
             raise
         except Exception as error:
             raise StorageError(
-                f"storage: {self.address} cannot be written ({first_line(error)}); the run is whole in {folder}: "
+                f"storage: {self.address} cannot be written ({_reason(error)}); the run is whole in {folder}: "
                 "start the same command again once the cause is mended"
             ) from None
 
@@ -144,32 +148,37 @@ class RunCopy:
             now = (found.st_size, found.st_mtime_ns)
             if now != saved:
                 self._keep_lease()
-                with (folder / name).open("rb") as source, self._output(name) as target:
+                part = f"part.{os.getpid()}.tmp"
+                with (folder / name).open("rb") as source, self._output(part) as target:
                     while chunk := source.read(CHUNK_BYTES):
                         target.write(chunk)
                         self._keep_lease()
+                # Not before: who noticed in the middle that the copy was taken over must leave the file as it is.
+                self._make_parent(name)
+                self._files.move(f"{self._root}/{part}", f"{self._root}/{name}")
         except FileNotFoundError:
             return saved  # replaced or removed meanwhile: the next time tells
         return now
 
-    def _has_adapter(self) -> bool:
-        """Also a finished run does whose checkpoints were removed for their space."""
-        return self._files.get_file_info(f"{self._root}/{ADAPTER_FOLDER}/{STEPS_FILE}").type == FileType.File
-
     def _fetch(self, folder: Path) -> None:
-        for name in sorted(self._listed(), key=_notes_last):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FETCHING_FILE).touch()
+        for name in self._listed():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with self._files.open_input_stream(f"{self._root}/{name}") as source, (folder / name).open("wb") as target:
                 while chunk := source.read(CHUNK_BYTES):
                     target.write(chunk)
                     self._keep_lease()
+        (folder / FETCHING_FILE).unlink()
 
     def _output(self, name: str) -> Any:
-        path = f"{self._root}/{name}"
-        if (parent := path.rpartition("/")[0]) not in self._folders:
+        self._make_parent(name)
+        return self._files.open_output_stream(f"{self._root}/{name}")
+
+    def _make_parent(self, name: str) -> None:
+        if (parent := f"{self._root}/{name}".rpartition("/")[0]) not in self._folders:
             self._files.create_dir(parent, recursive=True)
             self._folders.add(parent)
-        return self._files.open_output_stream(path)
 
     def _listed(self) -> list[str]:
         found = self._files.get_file_info(FileSelector(self._root, recursive=True, allow_not_found=True))
@@ -285,7 +294,7 @@ def _file_system(storage: str) -> tuple[FileSystem, str]:
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
         return _fsspec_file_system(storage)
     except OSError as error:
-        raise ConfigError(f"storage={storage!r} cannot be reached ({first_line(error)})") from None
+        raise ConfigError(f"storage={storage!r} cannot be reached ({_reason(error)})") from None
 
 
 def _fsspec_file_system(storage: str) -> tuple[FileSystem, str]:
@@ -293,18 +302,19 @@ def _fsspec_file_system(storage: str) -> tuple[FileSystem, str]:
         found, path = fsspec.core.url_to_fs(storage)
     except (ValueError, ImportError, OSError) as error:
         raise ConfigError(
-            f"storage={storage!r} is no address that pyarrow or fsspec can open ({first_line(error)}); "
+            f"storage={storage!r} is no address that pyarrow or fsspec can open ({_reason(error)}); "
             "give one such as s3://bucket/runs"
         ) from None
     return PyFileSystem(FSSpecHandler(found)), path
 
 
 def _steps(files: FileSystem, root: str) -> int:
-    """The last step of the whole checkpoints in a run folder; -1: there are none."""
+    """How many steps the run in a folder has come, by its whole checkpoints and its adapter."""
     selector = FileSelector(f"{root}/{CHECKPOINT_FOLDER}", recursive=True, allow_not_found=True)
     manifests = [info.path for info in files.get_file_info(selector) if info.base_name == MANIFEST_FILE]
     found = [_read_json(files, path) for path in manifests]
-    return max((manifest["step"] for manifest in found if manifest), default=-1)
+    adapter = _read_json(files, f"{root}/{ADAPTER_FOLDER}/{STEPS_FILE}") or 0
+    return max([adapter, *(manifest["step"] + 1 for manifest in found if manifest)])
 
 
 def _read_json(files: FileSystem, path: str) -> Any:
@@ -325,3 +335,8 @@ def _files_of(folder: Path) -> list[str]:
 def _notes_last(name: str) -> tuple[bool, str]:
     """What says that a checkpoint or an adapter is there comes after all the rest."""
     return name.endswith((MANIFEST_FILE, STEPS_FILE)), name
+
+
+def _reason(error: Exception) -> str:
+    """In a few words; some errors of fsspec have no message."""
+    return first_line(error) or type(error).__name__

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,6 +54,7 @@ CALIBRATIONS_FILE = "calibrations.json"
 FITTED = TypeAdapter(dict[str, Calibration])
 LOG_FILE = "run.log"
 UNFINISHED = re.compile(rf"({ADAPTER_FOLDER}|dequantized_base-[^.]+)\.(\d+)\.(tmp|old)")  # by which process
+UNFINISHED_S = 3600
 JOB_FOLDER = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 
 
@@ -217,14 +219,20 @@ def _refused_unless_writable(folder: Path) -> Iterator[None]:
 def _remove_unfinished(folder: Path) -> None:
     """Remove what killed processes had begun to write; an adapter that was being replaced stays if it is the last one.
 
-    Processes that do not hold the folder, such as an export, write dequantised bases too: the living ones are spared.
+    Processes that do not hold the folder, such as an export, write dequantised bases too: those that live here are
+    spared, and so is what somebody, maybe elsewhere, has written to for the last hour.
     """
     for path in folder.iterdir():
         name = UNFINISHED.fullmatch(path.name)
-        if name is None or psutil.pid_exists(int(name[2])):
+        if name is None or psutil.pid_exists(int(name[2])) or time.time() - _changed_at(path) < UNFINISHED_S:
             continue
         if name[3] == "tmp" or (folder / name[1]).exists():
             shutil.rmtree(path)
+
+
+def _changed_at(folder: Path) -> float:
+    """When something in it was written last, in seconds since 1970."""
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 def _parse_kind(where: str, tree: dict[str, Any], kind: type[S]) -> S:

@@ -27,7 +27,7 @@ from detox_ray.hung_actor import kill_when_hung
 from detox_ray.learner.checkpoint_folder import remove_unlisted, remove_wrong_list
 from detox_ray.learner_config import LearnerConfig
 from detox_ray.placement import learner_placement
-from detox_ray.reservation import Room
+from detox_ray.reservation import Room, has_room
 from detox_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ WORKER_GROUP_START_S = 60.0
 # How long learners wait for the first one, which may be waiting for a rollout worker to start anew; that one of them is
 # gone or hangs is for Ray Train's health check to see.
 COLLECTIVE_S = 24 * 3600
-# Waiting threads spin for a moment, then sleep: a two-thread step takes four times as long without the first, and ten
-# times as long beside any busy process without the second. The allocator keeps large freed tensors instead of giving
-# them back to the system and taking page faults to get them again.
+# GOMP_SPINCOUNT: waiting threads spin for a moment, then sleep. A two-thread step takes four times as long where they
+# sleep at once, and ten times as long where they spin on beside any busy process. The rest: the allocator keeps large
+# freed tensors instead of giving them back to the system and taking page faults to get them again.
 LEARNER_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
     "MALLOC_MMAP_MAX_": "0",
@@ -119,8 +119,8 @@ class _Trainer(TorchTrainer):
     def fit(self) -> Any:
         """Train once, to the end; `RayActorError` where the controller died or was killed.
 
-        The controller is killed in any case, and its learners with it: a process that owned Ray's objects may wait for
-        ever in Ray's own exit handlers, when its raylet, which would end it, is gone.
+        In the main thread the controller is watched, and killed in any case, and its learners with it: a process that
+        owned Ray's objects may wait for ever in Ray's own exit handlers, when its raylet, which would end it, is gone.
         """
         try:
             return super().fit()
@@ -137,7 +137,9 @@ class _Trainer(TorchTrainer):
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
         watched = (controller, "Ray Train's controller", self._timeout_s, self._ended)
-        threading.Thread(target=kill_when_hung, args=watched, daemon=True).start()
+        # It is deaf while it waits for a node in place of one that was lost, however long that takes.
+        waits = {"may_wait": lambda: not has_room(self._group)}
+        threading.Thread(target=kill_when_hung, args=watched, kwargs=waits, daemon=True).start()
 
 
 def _trainer(work: bytes, config: LearnerConfig, run: RunFolder, room: Room) -> _Trainer:

@@ -40,9 +40,9 @@ def watch(local_ray: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(hung_actor, "POLL_S", 0.1)
     ended, threads = threading.Event(), []
 
-    def watch(actor: Any, restart_s: float | None) -> threading.Thread:
+    def watch(actor: Any, restart_s: float | None, **options: Any) -> threading.Thread:
         watched = (actor, "the controller", TIMEOUT_S, ended, restart_s)
-        threads.append(threading.Thread(target=kill_when_hung, args=watched))
+        threads.append(threading.Thread(target=kill_when_hung, args=watched, kwargs=options))
         threads[-1].start()
         return threads[-1]
 
@@ -67,6 +67,18 @@ def test_only_a_hung_actor_is_killed(watch: Watch, caplog: pytest.LogCaptureFixt
     thread.join(timeout=10)
     assert not thread.is_alive()
     assert "the controller has not answered for 3 s and is killed" in caplog.text
+
+
+def test_one_that_waits_for_what_may_take_long_is_not_killed_over_it(watch: Watch) -> None:
+    controller, waits = Controller.remote(), threading.Event()
+    os.kill(ray.get(controller.process_id.remote()), signal.SIGSTOP)
+    waits.set()
+    thread = watch(controller, None, may_wait=waits.is_set)
+    thread.join(timeout=2 * TIMEOUT_S)
+    assert thread.is_alive()
+    waits.clear()
+    with pytest.raises(RayActorError):
+        ray.get(controller.process_id.remote(), timeout=60)
 
 
 def test_an_actor_that_restarts_is_watched_on(watch: Watch) -> None:

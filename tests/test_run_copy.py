@@ -234,6 +234,48 @@ def test_who_was_silent_too_long_changes_nothing_any_more(
     assert content(tmp_path / "third") == content(there)
 
 
+def test_who_was_silent_in_the_middle_of_a_file_leaves_it_as_the_other_wrote_it(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
+    silent = RunCopy(storage, "one")
+    silent.open(here)
+    silent.save(here)
+    (here / "metrics.jsonl").write_text("what must not be in the copy")
+    keep_lease, now = RunCopy._keep_lease, time.time()
+    calls = 0
+
+    def stall(copy: RunCopy) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first bytes of the file are written
+            monkeypatch.setattr(RunCopy, "_keep_lease", keep_lease)
+            monkeypatch.setattr(run_copy.time, "time", lambda: now + LEASE_S + 1)
+            open_elsewhere(storage, there).save(make_run(there, 6))
+        keep_lease(copy)
+
+    monkeypatch.setattr(run_copy, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(RunCopy, "_keep_lease", stall)
+    with pytest.raises(StorageError, match="was taken over"):
+        silent.save(here)
+    monkeypatch.setattr(run_copy.time, "time", lambda: now + 3 * LEASE_S)
+    open_elsewhere(storage, tmp_path / "third")
+    assert content(tmp_path / "third") == content(there)
+
+
+def test_a_finished_run_is_not_overwritten_by_a_copy_that_is_behind(storage: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 3)
+    with copied(run, storage):
+        pass
+    make_run(run, 6)  # without `storage`
+    shutil.rmtree(run / "checkpoints")
+    (run / "adapter").mkdir()
+    (run / "adapter" / "steps.txt").write_text("6")
+    before = content(run)
+    RunCopy(storage, "one").open(run)
+    assert content(run) == before
+
+
 def test_of_two_that_open_a_copy_at_once_one_is_refused(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

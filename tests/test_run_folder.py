@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from detox_ray import Config, ConfigError, evaluate, fine_tune, train
 from detox_ray.config_file import parse_section
-from detox_ray.run_folder import RunFolder
+from detox_ray.run_folder import UNFINISHED_S, RunFolder
 from detox_ray.sft_config import SFTConfig
 
 pytestmark = pytest.mark.unit
@@ -81,6 +82,11 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> 
     for name in (*gone, *kept):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
+    with RunFolder.claim(tmp_path):  # another host's processes are not seen from here
+        assert [name for name in (*gone, *kept) if not (tmp_path / name).exists()] == []
+    for name in gone:
+        for path in (tmp_path / name, (tmp_path / name).parent):
+            os.utime(path, (0, time.time() - UNFINISHED_S - 1))
     with RunFolder.claim(tmp_path):
         assert [name for name in gone if (tmp_path / Path(name).parts[0]).exists()] == []
         assert [name for name in kept if not (tmp_path / name).exists()] == []

@@ -43,7 +43,7 @@ class HeldoutEvaluation:
 
     @cached_property
     def _judge(self) -> Any:
-        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=ATTEMPTS)(Judge)
+        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=ATTEMPTS - 1)(Judge)
         return actor.remote(self.judge_config)
 
     def judge(self, rollouts: Future[list[Rollout]], version: int, step: int, reward: float) -> None:
@@ -68,13 +68,12 @@ class HeldoutEvaluation:
     def _judged(
         self, rollouts: Future[list[Rollout]], version: int, step: int, reward: float
     ) -> dict[str, float] | None:
-        responses = rollouts.result()
+        line = self._judge.judged.remote(rollouts.result(), version, step, reward)
         for _ in range(ATTEMPTS):
-            line = self._judge.judged.remote(responses, version, step, reward)
             try:
                 return dict(ray.get(line, timeout=self.timeout_s))
             except GetTimeoutError:
-                ray.kill(self._judge, no_restart=False)
+                ray.kill(self._judge, no_restart=False)  # Ray asks the next one, until it has been killed this often
             except RayError as error:
                 logger.warning("the evaluation of step %d is lost (%s)", step, type(error).__name__)
                 return None

@@ -107,7 +107,7 @@ class PPO:
         torch.manual_seed(self._seed * 1_000_003 + step * 1_009 + world()[0])
         self._set_learning_rate(step)
         experience, metrics = self._score(rollouts, rewards, on_policy)
-        metrics |= self._train(experience)
+        metrics |= self._train(experience, step)
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.kl_controller.update(metrics["kl"], responses=len(rollouts) * world()[1])
         return metrics
@@ -194,14 +194,14 @@ class PPO:
             advantages = standardise(advantages, mask, *(s.float().to(self._device) for s in sums))
         return advantages, returns
 
-    def _train(self, experience: Experience) -> dict[str, float]:
+    def _train(self, experience: Experience, step: int) -> dict[str, float]:
         """The epochs; stops early once the policy has moved further than `target_kl` from where it began."""
         config = self.config
         self.policy.set_dropout(True)
         parameters = list(self.policy.trainable().values())
         totals = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "grad_norm"), 0.0)
         steps, approx_kl = 0, 0.0
-        for index in self._minibatches(len(experience.mask)):
+        for index in self._minibatches(experience.sequences, step):
             if config.target_kl is not None and approx_kl > config.target_kl:
                 break
             tokens = sum_over_learners(experience.mask[index].sum())[0].float().to(self._device)
@@ -272,11 +272,21 @@ class PPO:
                 getattr(whole, name)[index, : tensor.shape[1]] = tensor
         return whole
 
-    def _minibatches(self, rows: int) -> Iterator[Tensor]:
-        """Row indices of every optimiser step: `epochs` shufflings, each in `minibatches` equal parts."""
+    def _minibatches(self, sequences: Sequences, step: int) -> Iterator[Tensor]:
+        """Row indices of every optimiser step: the batch in `minibatches` equal parts, anew in each of the `epochs`.
+
+        The rows of a part are any, or with `group_by_length` of similar length; then the order of the parts is the same
+        on all learners, each of which waits for the one with the longest rows.
+        """
+        rows, parts = len(sequences.prompt_lengths), self.config.minibatches
+        shared = np.random.default_rng((self._seed, step))
         for _ in range(self.config.epochs):
             order = torch.randperm(rows).to(self._device)
-            yield from order.chunk(self.config.minibatches)
+            if self.config.group_by_length:
+                groups = self._microbatches(sequences, order, rows // parts)
+                yield from (groups[place] for place in shared.permutation(parts))
+            else:
+                yield from order.chunk(parts)
 
     @staticmethod
     def _microbatches(sequences: Sequences, index: Tensor, size: int) -> list[Tensor]:

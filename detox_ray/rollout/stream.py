@@ -20,7 +20,7 @@ from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter
 from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
-from detox_ray.rollout.pool import Part, WorkerPool
+from detox_ray.rollout.pool import Part, Push, WorkerPool
 
 PromptSchedule = Callable[[int], Sequence[Prompt]]
 
@@ -116,7 +116,7 @@ class RolloutStream:
     seed: int
     evaluation: Evaluation | None = None
     _in_flight: dict[int, Future[Rewarded]] = field(default_factory=dict)
-    _verified: Future[None] | None = None  # of the last push
+    _verified: Future[float] | None = None  # when the last push was acknowledged
 
     def __getstate__(self) -> dict[str, Any]:
         public = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
@@ -137,7 +137,7 @@ class RolloutStream:
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
         """Send the next adapter, with which the batches started from now on are sampled; its version."""
         push = self.pool.push(make_adapter, canary)
-        self._verified = self._sampling_thread.submit(self.pool.verify, push)
+        self._verified = self._sampling_thread.submit(self._acknowledged, push)
         return push.version
 
     def verify(self) -> None:
@@ -204,11 +204,13 @@ class RolloutStream:
     def _sampling(self, step: int) -> Sampling:
         return sampling_of(self.config, seed=(self.seed * 1_000_003 + step) % 2**31)
 
-    def _sampled(self, parts: list[Part], verified: Future[None] | None) -> Sampled:
+    def _acknowledged(self, push: Push) -> float:
+        self.pool.verify(push)
+        return time.perf_counter()
+
+    def _sampled(self, parts: list[Part], verified: Future[float] | None) -> Sampled:
         """Wait for the parts chunk by chunk, and have each chunk scored while sampling goes on."""
-        if verified is not None:
-            verified.result()
-        acknowledged = time.perf_counter()
+        acknowledged = verified.result() if verified is not None else time.perf_counter()
         scores: list[list[Any]] = [[] for _ in parts]
         for place, chunk in self.pool.chunks(parts):
             if chunk is None:
@@ -222,7 +224,7 @@ class RolloutStream:
             self.pool.sleep()
         return Sampled(parts, scores, acknowledged, ended)
 
-    def _evaluated(self, parts: list[Part], verified: Future[None] | None) -> list[Rollout]:
+    def _evaluated(self, parts: list[Part], verified: Future[float] | None) -> list[Rollout]:
         """Wait for the responses of an evaluation."""
         if verified is not None:
             verified.result()

@@ -55,6 +55,15 @@ def guard_app(app_name: str) -> None:
     actor.remote(app_name, job_id)
 
 
+def end_spare_guard(app_name: str) -> None:
+    """End the guard of an app that was deleted, unless it is the job's last one, which stops Serve after it."""
+    job_id = ray.get_runtime_context().get_job_id()
+    guards = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
+    if sum(name.startswith(f"{job_id} ") for name in guards) > 1:
+        with suppress(ValueError):  # there is none
+            ray.kill(ray.get_actor(f"{job_id} {app_name}", namespace=NAMESPACE))
+
+
 def is_serve_running() -> bool:
     """Whether anybody has started Serve on this Ray."""
     return any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))

@@ -192,3 +192,20 @@ def test_learning_rate_warms_up_and_falls(tiny_model: str) -> None:
         ppo._set_learning_rate(step)
         rates.append(ppo.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.5e-3, 0.9e-3, 0.5e-3])
+
+
+def test_minibatches_grouped_by_length_hold_every_row_once_an_epoch_in_the_same_order_on_all_learners(
+    tiny_model: str,
+) -> None:
+    ppo = learner(tiny_model, group_by_length=True, minibatches=4, epochs=3)
+    lengths = np.random.default_rng(0).permutation(16) + 1
+    sequences = collate([np.full(n, 5) for n in lengths], [np.array([10])] * 16, 1)
+    of_learners = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        of_learners.append([sorted(lengths[index].tolist()) for index in ppo._minibatches(sequences, step=7)])
+    groups = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]
+    for epoch in range(3):
+        assert sorted(of_learners[0][4 * epoch : 4 * epoch + 4]) == groups
+    assert of_learners[0] == of_learners[1]
+    assert of_learners[0][:4] != of_learners[0][4:8]
