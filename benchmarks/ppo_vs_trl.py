@@ -22,7 +22,8 @@ What differs, because it is how each is made:
     value       TRL: a second model of the policy's size, all of it trained. Ours: a linear head on the policy's trunk.
     reference   both: the base with the adapter off.
     proximal    TRL takes the sampler's log-probs. Ours computes them again, for the importance weight.
-    prompts     TRL pads each batch to its longest prompt. Ours sorts by length and pads only within a minibatch.
+    prompts     TRL pads each batch to its longest prompt. Ours sorts by length and pads only within a minibatch; with
+                --set ppo.group_by_length=true its rows are of similar length, where TRL's are any.
     staleness   both sample with the policy as it is. With --set rollout.max_staleness=1 ours samples the next batch
                 while it learns from this one, and weights its tokens by their importance; TRL has no such mode.
     clipping    ours clips gradients, TRL 1.12 does not.

@@ -217,7 +217,7 @@ def check_nodes_see(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def wait_in_words(needed: Sequence[Placement], terminal: Terminal) -> None:
+def announce_shortage(needed: Sequence[Placement], terminal: Terminal) -> None:
     """Say what the run has to wait for because others on the cluster hold it, if there is such."""
     import ray
 

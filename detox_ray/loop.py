@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from detox_ray.cluster import ray_session, wait_in_words
+from detox_ray.cluster import announce_shortage, ray_session
 from detox_ray.config import Config, RewardConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.evaluation.during_training import HeldoutEvaluation
@@ -63,7 +63,7 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
     needed = placements(plan.config)
     placed = [learner_placement(plan.config.train), rollout_placement(plan.config.rollout)]
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs) as ray_stays:
-        wait_in_words(needed, terminal)
+        announce_shortage(needed, terminal)
         plan = plan.with_dequantized_base()
         terminal.stage("starting rollout workers and reward classifiers")
         with (

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from detox_ray.cluster import local_capacity, ray_session, starts_own_ray, wait_in_words
+from detox_ray.cluster import announce_shortage, local_capacity, ray_session, starts_own_ray
 from detox_ray.config import PolicyConfig, RolloutConfig
 from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
@@ -89,7 +89,7 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
         answers = {name: [file.responses for file in of_system] for name, of_system in files.items()}
         if bases:
             with ray_session(config.ray, partial(check_placements, needed), folder.ray_logs):
-                wait_in_words(needed, terminal)
+                announce_shortage(needed, terminal)
                 for base in bases:
                     answers |= {r.name: [r] for r in _answers_on(base, config, folder, terminal)}
         systems = [responses for system in config.systems for responses in answers[system.name]]

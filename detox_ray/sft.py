@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from detox_ray.cluster import local_capacity, ray_session, starts_own_ray, wait_in_words
+from detox_ray.cluster import announce_shortage, local_capacity, ray_session, starts_own_ray
 from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
 from detox_ray.data.learned import learned_by, write_learned
 from detox_ray.errors import ConfigError, ModelError
@@ -76,7 +76,7 @@ def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
         return json.loads(result_file.read_text(encoding="utf-8"))
     needed = [learner_placement(plan.config.train)]
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs):
-        wait_in_words(needed, terminal)
+        announce_shortage(needed, terminal)
         terminal.stage(f"training for at most {plan.total_steps} steps")
         with (
             reserved(needed, terminal.stage) as room,

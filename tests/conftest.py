@@ -56,11 +56,15 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this process were connected to no Ray, whatever other tests have started; for what starts none."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+@pytest.fixture
 def refused_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run `detox-ray` with arguments; returns the one line it is refused with."""
     from detox_ray import cli
-
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever other tests have started
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["detox-ray", *arguments])

@@ -13,7 +13,7 @@ import pytest
 from detox_ray import cli
 from detox_ray.rollout import engine
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("without_ray")]
 Refused = Callable[..., str]
 
 

@@ -16,7 +16,7 @@ from detox_ray.config import PolicyConfig
 from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.policy.policy import Policy
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("without_ray")]
 Refused = Callable[..., str]
 
 

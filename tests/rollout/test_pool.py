@@ -72,8 +72,8 @@ def test_a_policy_is_published_to_a_real_engine(tiny_model: str, local_ray: Path
 @pytest.mark.e2e
 def test_a_worker_that_hangs_while_it_starts_is_started_anew(local_ray: Path) -> None:
     config = RolloutConfig(num_cpus=0.5, start_timeout_s=10)
-    workers = start_light_workers(config)
     stopped = stop_when_seen("ray::LightWorker")
+    workers = start_light_workers(config)
     pool = WorkerPool(workers, config, 1e-3)
     pool.connect()
     assert ray.get(workers[0].process_id.remote()) != stopped.result()[0].pid
