@@ -15,13 +15,14 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/installed
 	$(BIN)/detox-ray train configs/laptop.yaml name=demo
 
-# Whole runs beside everything else: while one waits for its processes the other computes.
-WHOLE_RUNS := tests/e2e tests/deployments
+# Whole runs, and what waits for processes that hang, beside everything else: while one waits the other computes.
+WAITING := tests/e2e tests/deployments tests/test_trainer.py tests/test_hung_actor.py \
+	tests/evaluation/test_during_training.py
 test: $(VENV)/installed
 	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest $(WHOLE_RUNS) >e2e-tests.log 2>&1 & \
+	$(BIN)/python -m pytest $(WAITING) >e2e-tests.log 2>&1 & \
 	trap "kill $$!" INT TERM; \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(WHOLE_RUNS)); rest=$$?; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(WAITING)); rest=$$?; \
 	wait $$!; e2e=$$?; cat e2e-tests.log; exit $$((rest || e2e))
 
 lint: $(VENV)/installed
