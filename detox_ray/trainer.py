@@ -96,8 +96,8 @@ class _InRoom(ControllerCallback):
         self._group = group
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
-        """In the controller's process, before it starts any learner. Ray Train has no setting for it."""
-        WorkerGroup._create_placement_group = lambda *_: _Reserved(self._group)  # type: ignore[method-assign]
+        """In the controller's process, before it starts any learner."""
+        WorkerGroup._create_placement_group = lambda *_: _Reserved(self._group)  # type: ignore[method-assign]  # no setting
 
 
 class _Trainer(TorchTrainer):

@@ -6,22 +6,19 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
-from light_engine import LightPolicy, start_light_workers, take
+from light_engine import LightPolicy, take
 from light_stream import PROMPTS, LengthScorer, make_stream, publish
 from ray.exceptions import RayActorError
 
-from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter
 from detox_ray.records import Canary, Sampling
 from detox_ray.rollout.stream import RolloutStream
-from detox_ray.rollout.worker import stop_workers
 from detox_ray.schedule import Schedule
 
 pytestmark = pytest.mark.e2e
@@ -30,19 +27,6 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture(scope="module")
 def policy() -> LightPolicy:
     return LightPolicy()
-
-
-@pytest.fixture(scope="module")
-def workers(local_ray: Path) -> Iterator[list[Any]]:
-    """Two workers for all streams: each stream goes on from the version that the one before has left there."""
-    workers = start_light_workers(RolloutConfig(workers=2, num_cpus=0.5))
-    yield workers
-    stop_workers(workers)
-
-
-@pytest.fixture
-def stream(workers: list[Any]) -> Iterator[RolloutStream]:
-    yield from make_stream(workers, max_staleness=0)
 
 
 @pytest.fixture

@@ -2,39 +2,23 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from light_engine import LightPolicy, start_light_workers
+from light_engine import LightPolicy
 from light_stream import PROMPTS, make_stream, publish
 
-from detox_ray.config import RolloutConfig
 from detox_ray.records import Rollout, Sampling
 from detox_ray.rollout.stream import RolloutStream
-from detox_ray.rollout.worker import stop_workers
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def workers(local_ray: Path) -> Iterator[list[Any]]:
-    workers = start_light_workers(RolloutConfig(workers=2, num_cpus=0.5))
-    yield workers
-    stop_workers(workers)
 
 
 @pytest.fixture
 def policy() -> LightPolicy:
     return LightPolicy()
-
-
-@pytest.fixture
-def stream(workers: list[Any]) -> Iterator[RolloutStream]:
-    yield from make_stream(workers, max_staleness=0)
 
 
 class Notes:
