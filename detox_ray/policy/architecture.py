@@ -65,7 +65,7 @@ def next_token_logits(model: Any, prefix: Sequence[int]) -> Tensor:
     """[V]: what follows `prefix`; where there is an encoder, what follows it as a response to itself."""
     ids = torch.tensor([list(prefix)], device=model.device)
     if not model.config.is_encoder_decoder:
-        return model(input_ids=ids).logits[0, -1].float()
+        return model(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
     start = ids.new_full((1, 1), model.config.decoder_start_token_id)
     return model(input_ids=ids, decoder_input_ids=torch.cat([start, ids], dim=1)).logits[0, -1].float()
 
