@@ -2,14 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 from hung_process import stop_when_seen
-from light_engine import engine_spec, own_group, start_light_workers
+from light_engine import LightPolicy, engine_spec, own_group, start_light_workers, take
 from ray.util.placement_group import placement_group_table
 
 from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
@@ -20,6 +25,30 @@ from detox_ray.records import Canary, Prompt, Sampling
 from detox_ray.reservation import reserved
 from detox_ray.rollout.pool import WorkerPool, is_stale, seed_of_call
 from detox_ray.rollout.worker import start_workers, stop_workers
+
+
+@pytest.fixture
+def start_node(local_ray: Path) -> Iterator[Callable[[], psutil.Popen]]:
+    """Starts a further node, which alone has the resource `spare`; those that are left are killed in the end."""
+    nodes: list[psutil.Popen] = []
+
+    def start() -> psutil.Popen:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", "1"]
+        command += ["--address", ray.get_runtime_context().gcs_address, "--resources", '{"spare": 1}']
+        command += ["--object-store-memory", str(10**8), "--dashboard-agent-listen-port", "0"]
+        nodes.append(psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        kill(node)
+
+
+def kill(node: psutil.Popen) -> None:
+    with suppress(psutil.NoSuchProcess):
+        for process in [*node.children(recursive=True), node]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @pytest.mark.e2e
@@ -79,6 +108,29 @@ def test_a_worker_that_hangs_while_it_starts_is_started_anew(local_ray: Path) ->
     assert ray.get(workers[0].process_id.remote()) != stopped.result()[0].pid
     assert ray.get(workers[0].version.remote()) == -1
     stop_workers(workers)
+
+
+@pytest.mark.e2e
+def test_what_a_node_took_with_it_is_sampled_again(start_node: Callable[[], psutil.Popen]) -> None:
+    config = RolloutConfig(num_cpus=0.5, resources={"spare": 1})
+    node = start_node()
+    workers = start_light_workers(config)
+    pool, policy = WorkerPool(workers, config, 1e-3), LightPolicy()
+    pool.connect()
+    version = pool.publish(policy.adapter, policy.canary())
+    ray.get(workers[0].__ray_call__.remote(take, 0.1))
+    prompts = [Prompt(str(i), "long " * 40_000, (i,)) for i in range(3)]  # too large to be sent with the answer
+    parts = pool.submit(prompts, 2, Sampling(6, seed=1))
+    ray.get(workers[0].version.remote())  # it has answered behind them: all that was sampled lies on its node
+    kill(node)
+    start_node()
+    for _ in pool.chunks(parts):
+        pass
+    rollouts = parts[0].rollouts()
+    stop_workers(workers)
+    assert parts[0].losses == pool.restarts == 1
+    assert [r.prompt_id for r in rollouts] == ["0", "0", "1", "1", "2", "2"]
+    assert [r.adapter_version for r in rollouts] == [version] * 6
 
 
 @pytest.mark.unit
