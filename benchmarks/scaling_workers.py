@@ -127,9 +127,9 @@ class SimulatedClient:
         """As `RewardClient.submit`; texts and prompts travel."""
         return self._host.score.remote(list(texts))
 
-    def result(self, response: Any) -> list[Score]:
+    def result(self, pending: Any) -> list[Score]:
         """As `RewardClient.result`."""
-        return ray.get(response)
+        return ray.get(pending)
 
 
 def start_hosts(number: int, times: Times) -> list[Any]:

@@ -21,7 +21,8 @@ from detox_ray.rollout.worker import Acknowledgement, Chunk
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # a call that takes its worker down this often is not asked again
+LOST = (RayActorError, GetTimeoutError)  # what tells that a worker has died, or hangs
+ATTEMPTS = 3  # a worker that goes down this often and finishes no call in between is given up
 POLL_S = 0.5
 # A call asks for at most this many times what an engine advances together: a lost worker costs no more than that, and
 # the engine is hardly ever short of sequences.
@@ -30,35 +31,33 @@ ROUNDS_A_CALL = 4
 
 @dataclass(frozen=True)
 class Push:
-    """An adapter under way: its place in the object store, what every worker must answer, and the calls that ask it.
+    """An adapter under way: where it is in the object store, what every worker must answer, and where the answers come.
 
     `restarts`: how often each worker had been restarted when it was asked.
     """
 
-    reference: Any
+    adapter_ref: Any
     version: int
     digest: str
     canary: Canary
     previous: Canary | None
-    calls: list[Any]
+    answer_refs: list[Any]
     restarts: list[int]
 
 
 @dataclass
-class Part:
-    """What one worker is asked for in one call, enough to ask again, and what came of it.
+class SamplingCall:
+    """What one worker is asked for at once, enough to ask again, and what came of it.
 
-    `restarts`: how often the worker had been restarted when it was asked; `chunks`: what has come since then; `losses`:
-    how often it had to be asked again.
+    `restarts`: how often the worker had been restarted when it was asked; `chunks`: what has come since then.
     """
 
     worker: int
     prompts: Sequence[Prompt]
     samples: int
     sampling: Sampling
-    reference: Any = None
+    chunks_ref: Any = None
     restarts: int = 0
-    losses: int = 0
     chunks: list[Chunk] = field(default_factory=list)
 
     @property
@@ -72,18 +71,18 @@ class Part:
 
 
 def seed_of_call(seed: int, call: int) -> int:
-    """In [0, 2^31): another for every call of a batch, and for those of the batches with the seeds beside it.
+    """A seed in [0, 2^31), distinct for every call of a batch and from those of neighbouring batches.
 
-    The calls of thousands of batches are apart: 31 each in a row, those that are more in rows far behind.
+    31 consecutive seeds per batch, further calls in blocks far away.
     """
-    row, place = divmod(call, 31)
-    return (seed * 31 + place + row * 15_485_863) % 2**31
+    block, index = divmod(call, 31)
+    return (seed * 31 + index + block * 15_485_863) % 2**31
 
 
 class WorkerPool:
     """N worker actors that are sent one adapter after the other. Picklable; its copies share the actors.
 
-    Threads may wait for parts while another pushes.
+    Threads may wait for calls while another pushes.
     """
 
     def __init__(self, workers: list[Any], config: RolloutConfig, canary_tolerance: float) -> None:
@@ -115,8 +114,8 @@ class WorkerPool:
     def connect(self) -> None:
         """Wait until every engine has started, and learn which version they serve; the next push continues from there.
 
-        A learner that was killed may have sent adapters that no worker has taken yet, one for each batch under way:
-        their versions are left out, so that what comes late is older than what is served, and refused.
+        A killed learner may have left pushes queued; their versions are skipped, so a late one counts as old and is
+        refused.
 
         Raises:
             ModelError: an engine does not start.
@@ -137,15 +136,15 @@ class WorkerPool:
     def push(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> Push:
         """Send `make_adapter(next version)` to every worker, once through the object store.
 
-        A worker ends what it was asked before with the adapter it has, and does with this one what it is asked later.
+        Calls already queued run on the current adapter, later ones on this one.
         """
         with self._mending:
             adapter = make_adapter(self.version + 1)
             previous = self._push.canary if self._push else None
-            reference = ray.put(adapter)
-            calls = [worker.apply.remote(reference, canary.prefixes) for worker in self._workers]
+            adapter_ref = ray.put(adapter)
+            answer_refs = [worker.apply.remote(adapter_ref, canary.prefixes) for worker in self._workers]
             restarts = list(self._restarts)
-            self._push = Push(reference, adapter.version, adapter.digest, canary, previous, calls, restarts)
+            self._push = Push(adapter_ref, adapter.version, adapter.digest, canary, previous, answer_refs, restarts)
             self.version = adapter.version
             return self._push
 
@@ -158,73 +157,73 @@ class WorkerPool:
             SyncError: a worker acknowledges something else, or answers the canary unlike the learner.
             ModelError: a worker that died cannot be brought back.
         """
-        for index, call in enumerate(push.calls):
-            try:
-                self._check(index, ray.get(call, timeout=self._config.timeout_s), push)
-            except (RayActorError, GetTimeoutError) as error:
-                self._restore(index, error, push.restarts[index])
-            except RayTaskError as error:
-                raise _own_error(error) from None
+        for index, answer in self._answers(push.answer_refs, push.restarts):
+            self._check(index, answer, push)
 
-    def submit(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Part]:
+    def submit(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[SamplingCall]:
         """Start `samples` responses to each prompt: even, contiguous shares, in calls that each have a seed."""
-        return [self._ask(part) for part in self._parts(prompts, samples, sampling)]
+        calls = self._calls(prompts, samples, sampling)
+        for call in calls:
+            self._ask(call)
+        return calls
 
-    def _parts(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Part]:
+    def _calls(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[SamplingCall]:
         edges = np.linspace(0, len(prompts), self.size + 1).astype(int)
         size = max(1, ROUNDS_A_CALL * self._config.max_num_seqs // samples)
-        parts: list[Part] = []
+        calls: list[SamplingCall] = []
         for worker, (start, end) in enumerate(pairwise(edges)):
             for first in range(start, end, size):
-                own = replace(sampling, seed=seed_of_call(sampling.seed, len(parts)))
-                parts.append(Part(worker, prompts[first : min(first + size, end)], samples, own))
-        return parts
+                own = replace(sampling, seed=seed_of_call(sampling.seed, len(calls)))
+                calls.append(SamplingCall(worker, prompts[first : min(first + size, end)], samples, own))
+        return calls
 
-    def chunks(self, parts: Sequence[Part]) -> Iterator[tuple[int, Chunk | None]]:
-        """What comes of the parts, in the order it comes, each with the place of its part, until all are complete.
+    def chunks(self, calls: Sequence[SamplingCall]) -> Iterator[tuple[int, Chunk | None]]:
+        """What comes of the calls, in the order it comes, each with the index of its call, until all are complete.
 
-        A worker that died is brought back and asked for all of its part again; so is every worker once none has sent
-        anything for `rollout.timeout_s`. The part begins anew then: None comes in the place of a chunk.
+        A worker that died is brought back and asked for all of the call again; so is every worker once none has sent
+        anything for `rollout.timeout_s`. The call begins anew then: None comes in the place of a chunk.
 
         Raises:
-            ModelError: an engine does not start again, or a call takes its worker down every time.
+            ModelError: an engine does not start again, or goes down `ATTEMPTS` times and finishes no call in between.
         """
-        waiting = {part.reference: place for place, part in enumerate(parts) if not part.is_complete}
-        while waiting:
+        restarts = list(self._restarts)  # of each worker when it last finished a call
+        while waiting := {call.chunks_ref: index for index, call in enumerate(calls) if not call.is_complete}:
             ready, _ = ray.wait(list(waiting), timeout=self._config.timeout_s)
-            for reference in ready or list(waiting):
-                place = waiting.pop(reference)
-                yield place, self._next_chunk(parts[place])
-                if not parts[place].is_complete:
-                    waiting[parts[place].reference] = place
+            for chunks_ref in ready or waiting:
+                call = calls[waiting[chunks_ref]]
+                chunk = self._next_chunk(call)
+                if call.is_complete:
+                    restarts[call.worker] = self._restarts[call.worker]
+                elif chunk is None:
+                    if self._restarts[call.worker] - restarts[call.worker] >= ATTEMPTS:
+                        raise ModelError(
+                            f"rollout worker {call.worker} went down {ATTEMPTS} times and finished no call in between; "
+                            "lower rollout.max_num_seqs or raise rollout.timeout_s, and see ray-logs in the run folder"
+                        )
+                    self._ask(call)
+                yield waiting[chunks_ref], chunk
 
-    def _next_chunk(self, part: Part) -> Chunk | None:
+    def _next_chunk(self, call: SamplingCall) -> Chunk | None:
+        """The next chunk of a call; None if the worker was lost, and is back."""
         try:
-            chunk = _next_of(part.reference)
-            if self._push is None or all(rollout.adapter_version >= 0 for _, rollout in chunk):
-                part.chunks.append(chunk)
-                return chunk
-            # It died while nobody asked, and was back on the pristine base when this part came.
-            self._restore(part.worker, RayActorError(), part.restarts)
-        except (RayActorError, GetTimeoutError, ObjectLostError) as error:
-            self._restore(part.worker, error, part.restarts)
-        except RayTaskError as error:
-            raise _own_error(error) from None
-        part.losses += 1
-        if part.losses == ATTEMPTS:
-            raise ModelError(
-                f"rollout worker {part.worker} went down {ATTEMPTS} times over the same {len(part.prompts)} prompts; "
-                "lower rollout.max_num_seqs or raise rollout.timeout_s, and see ray-logs in the run folder"
-            )
-        self._ask(part)
-        return None
+            chunk = _next_of(call.chunks_ref)
+            if self._push is not None and any(rollout.adapter_version < 0 for _, rollout in chunk):
+                raise RayActorError  # it died while nobody asked, and was back on the pristine base when this call came
+        except (*LOST, ObjectLostError) as error:
+            self._restore(call.worker, error, call.restarts)
+            return None
+        call.chunks.append(chunk)
+        return chunk
+
+    def rollouts(self, calls: Sequence[SamplingCall]) -> list[Rollout]:
+        """All responses of the calls, prompt by prompt; errors as `chunks`."""
+        for _ in self.chunks(calls):
+            pass
+        return [rollout for call in calls for rollout in call.rollouts()]
 
     def sample(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[Rollout]:
         """`samples` responses to each prompt, prompt by prompt; errors as `chunks`."""
-        parts = self.submit(prompts, samples, sampling)
-        for _ in self.chunks(parts):
-            pass
-        return [rollout for part in parts for rollout in part.rollouts()]
+        return self.rollouts(self.submit(prompts, samples, sampling))
 
     def sleep(self) -> None:
         """Have every worker give its device's memory back until it is asked for something.
@@ -232,22 +231,28 @@ class WorkerPool:
         Raises:
             ModelError: a worker was lost over it and cannot be brought back.
         """
-        restarts = list(self._restarts)
-        for index, answer in enumerate([worker.sleep.remote() for worker in self._workers]):
-            try:
-                ray.get(answer, timeout=self._config.timeout_s)
-            except (RayActorError, GetTimeoutError) as error:
-                self._restore(index, error, restarts[index])
-                ray.get(self._workers[index].sleep.remote(), timeout=self._config.timeout_s)
-            except RayTaskError as error:
-                raise _own_error(error) from None
+        for _ in range(ATTEMPTS):
+            restarts = list(self._restarts)
+            asleep = list(self._answers([worker.sleep.remote() for worker in self._workers], restarts))
+            if len(asleep) == self.size:
+                return
+        raise ModelError(f"rollout workers went down {ATTEMPTS} times on their way to sleep; see ray-logs")
 
-    def _ask(self, part: Part) -> Part:
-        part.restarts = self._restarts[part.worker]
-        part.chunks.clear()
-        worker = self._workers[part.worker]
-        part.reference = worker.generate_in_chunks.remote(part.prompts, part.samples, part.sampling)
-        return part
+    def _answers(self, answer_refs: Sequence[Any], restarts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """What each worker answers, by its index; one that is lost over it is brought back and left out."""
+        for index, answer_ref in enumerate(answer_refs):
+            try:
+                answer = _get(answer_ref, self._config.timeout_s)
+            except LOST as error:
+                self._restore(index, error, restarts[index])
+            else:
+                yield index, answer
+
+    def _ask(self, call: SamplingCall) -> None:
+        call.restarts = self._restarts[call.worker]
+        call.chunks.clear()
+        worker = self._workers[call.worker]
+        call.chunks_ref = worker.generate_in_chunks.remote(call.prompts, call.samples, call.sampling)
 
     def _restore(self, index: int, cause: Exception, restarts: int) -> None:
         """Wait for Ray to restart a worker's engine and push it the current adapter; a hung one is killed first.
@@ -267,13 +272,11 @@ class WorkerPool:
             try:
                 self._served_version(index)
                 if (push := self._push) is not None:
-                    call = self._workers[index].apply.remote(push.reference, push.canary.prefixes)
-                    self._check(index, ray.get(call, timeout=self._config.timeout_s), push)
+                    answer_ref = self._workers[index].apply.remote(push.adapter_ref, push.canary.prefixes)
+                    self._check(index, _get(answer_ref, self._config.timeout_s), push)
                 return
-            except (RayActorError, GetTimeoutError):
+            except LOST:
                 continue
-            except RayTaskError as error:
-                raise _own_error(error) from None
         raise ModelError(f"rollout worker {index} went down {ATTEMPTS} times while it was restarted; see its log")
 
     def _served_version(self, index: int) -> int:
@@ -318,16 +321,24 @@ class WorkerPool:
             raise SyncError(f"rollout worker {index} acknowledged adapter {push.version} and serves the one before")
 
 
-def _next_of(chunks: Any) -> Chunk:
+def _get(answer_ref: Any, timeout_s: float | None = None) -> Any:
+    """As `ray.get`, but an error of ours that the call raised comes as itself."""
+    try:
+        return ray.get(answer_ref, timeout=timeout_s)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DetoxError) else error) from None
+
+
+def _next_of(chunks_ref: Any) -> Chunk:
     """The chunk of an `ObjectRefGenerator` that is there.
 
     Raises:
         GetTimeoutError: none is; and what the call raised.
     """
-    ready, _ = ray.wait([chunks], timeout=0, fetch_local=False)
+    ready, _ = ray.wait([chunks_ref], timeout=0, fetch_local=False)
     if not ready:
         raise GetTimeoutError
-    return ray.get(next(chunks))
+    return _get(next(chunks_ref))
 
 
 def canary_gaps(answers: list[dict[int, float]], canary: Canary) -> np.ndarray:
@@ -349,8 +360,3 @@ def is_stale(answers: list[dict[int, float]], previous: Canary, current: Canary)
     distance = np.concatenate([np.abs(old[ids] - new[ids]) for ids, old, new in rows]).mean()
     to_previous, to_current = (canary_gaps(answers, canary).mean() for canary in (previous, current))
     return bool(to_previous < distance / 4 and to_current > 3 * distance / 4)
-
-
-def _own_error(error: RayTaskError) -> Exception:
-    """The error of ours that a remote call raised, or the call's own."""
-    return error.cause if isinstance(error.cause, DetoxError) else error

@@ -1,9 +1,8 @@
 """The stream of scored rollouts: keeps batches in flight, and has responses scored while others are sampled.
 
 Two threads work while the learner learns: one waits for what the rollout workers were asked, in the order they were
-asked (acknowledge an adapter, sample a batch), the other for the scores. Nobody waits for a push: a worker takes an
-adapter when it has done what it was asked before, and goes on with the next batch whatever the others do; that all have
-taken it is made sure before that batch is trained on.
+asked (acknowledge an adapter, sample a batch), the other for the scores. A push blocks nobody: each worker applies the
+adapter after its queued calls and goes on. Before the next batch is trained on, every acknowledgement has been checked.
 """
 
 import time
@@ -20,7 +19,7 @@ from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter
 from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
-from detox_ray.rollout.pool import Part, Push, WorkerPool
+from detox_ray.rollout.pool import Push, SamplingCall, WorkerPool
 
 PromptSchedule = Callable[[int], Sequence[Prompt]]
 
@@ -32,8 +31,8 @@ class Scorer(Protocol):
         """Start scoring; returns a future."""
         ...
 
-    def result(self, response: Any) -> list[Score]:
-        """Wait for a future of `submit`; one score a text.
+    def result(self, pending: Any) -> list[Score]:
+        """Wait for a future of `submit`; one score per text.
 
         Raises:
             RewardError: a classifier failed.
@@ -76,13 +75,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A batch's responses, part by part, the futures of the scores of each of their chunks, and when it was ready.
+    """A batch's responses, call by call, the futures of the scores of each of their chunks, and when it was ready.
 
     On the performance counter: `acknowledged`, every worker had shown that it serves the adapter; `ended`, the last
     response was there.
     """
 
-    parts: list[Part]
+    calls: list[SamplingCall]
     scores: list[list[Any]]
     acknowledged: float
     ended: float
@@ -90,7 +89,7 @@ class Sampled:
     @cached_property
     def rollouts(self) -> list[Rollout]:
         """Prompt by prompt."""
-        return [rollout for part in self.parts for rollout in part.rollouts()]
+        return [rollout for call in self.calls for rollout in call.rollouts()]
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,8 @@ class RolloutStream:
         for ahead in range(step, min(step + self.config.max_staleness, last_step) + 1):
             if ahead not in self._in_flight:
                 prompts = self.prompts_for_step(ahead)
-                parts = self.pool.submit(prompts, self.config.samples_per_prompt, self._sampling(ahead))
-                sampled = self._sampling_thread.submit(self._sampled, parts, self._verified)
+                calls = self.pool.submit(prompts, self.config.samples_per_prompt, self._sampling(ahead))
+                sampled = self._sampling_thread.submit(self._sampled, calls, self._verified)
                 self._in_flight[ahead] = self._scoring_thread.submit(self._rewarded, sampled)
 
     def next_batch(self, step: int, last_step: int) -> Batch:
@@ -193,8 +192,8 @@ class RolloutStream:
     def evaluate(self, step: int, reward: float) -> None:
         """Begin an evaluation of the adapter sent last; batches that are started later are sampled behind it."""
         if self.evaluation is not None:
-            parts = self.pool.submit(self.evaluation.prompts, 1, self.evaluation.sampling)
-            rollouts = self._sampling_thread.submit(self._evaluated, parts, self._verified)
+            calls = self.pool.submit(self.evaluation.prompts, 1, self.evaluation.sampling)
+            rollouts = self._sampling_thread.submit(self._evaluated, calls, self._verified)
             self.evaluation.judge(rollouts, self.pool.version, step, reward)
 
     def evaluations(self, until: int = 0) -> list[dict[str, float]]:
@@ -208,40 +207,38 @@ class RolloutStream:
         self.pool.verify(push)
         return time.perf_counter()
 
-    def _sampled(self, parts: list[Part], verified: Future[float] | None) -> Sampled:
-        """Wait for the parts chunk by chunk, and have each chunk scored while sampling goes on."""
+    def _sampled(self, calls: list[SamplingCall], verified: Future[float] | None) -> Sampled:
+        """Wait for the calls chunk by chunk, and have each chunk scored while sampling goes on."""
         acknowledged = verified.result() if verified is not None else time.perf_counter()
-        scores: list[list[Any]] = [[] for _ in parts]
-        for place, chunk in self.pool.chunks(parts):
+        scores: list[list[Any]] = [[] for _ in calls]
+        for index, chunk in self.pool.chunks(calls):
             if chunk is None:
-                scores[place].clear()
+                scores[index].clear()
             else:
                 rollouts = [rollout for _, rollout in chunk]
                 future = self.scorer.submit([r.text for r in rollouts], [r.prompt_text for r in rollouts])
-                scores[place].append(future)
+                scores[index].append(future)
         ended = time.perf_counter()
         if self.config.in_turns:
             self.pool.sleep()
-        return Sampled(parts, scores, acknowledged, ended)
+        return Sampled(calls, scores, acknowledged, ended)
 
-    def _evaluated(self, parts: list[Part], verified: Future[float] | None) -> list[Rollout]:
+    def _evaluated(self, calls: list[SamplingCall], verified: Future[float] | None) -> list[Rollout]:
         """Wait for the responses of an evaluation."""
         if verified is not None:
             verified.result()
-        for _ in self.pool.chunks(parts):
-            pass
-        return [rollout for part in parts for rollout in part.rollouts()]
+        return self.pool.rollouts(calls)
 
     def _rewarded(self, future: Future[Sampled]) -> Rewarded:
         sampled = future.result()
-        scores = [s for part, own in zip(sampled.parts, sampled.scores, strict=True) for s in self._scores(part, own)]
+        scores = [s for call, own in zip(sampled.calls, sampled.scores, strict=True) for s in self._scores(call, own)]
         return Rewarded(sampled, *self.scorer.reward(sampled.rollouts, scores))
 
-    def _scores(self, part: Part, futures: list[Any]) -> list[Score]:
-        """The scores of a part, prompt by prompt."""
-        places = [place for chunk in part.chunks for place, _ in chunk]
-        scores = [score for future in futures for score in self.scorer.result(future)]
-        return [score for _, score in sorted(zip(places, scores, strict=True), key=itemgetter(0))]
+    def _scores(self, call: SamplingCall, pending: list[Any]) -> list[Score]:
+        """The scores of a call's responses, prompt by prompt."""
+        indexes = [index for chunk in call.chunks for index, _ in chunk]
+        scores = [score for part in pending for score in self.scorer.result(part)]
+        return [score for _, score in sorted(zip(indexes, scores, strict=True), key=itemgetter(0))]
 
     def _checked_staleness(self, rollouts: Sequence[Rollout]) -> int:
         versions = {r.adapter_version for r in rollouts}

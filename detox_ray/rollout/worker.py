@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # What is scored at a time while the rest of a call is sampled: a quarter of it, and no fewer than are worth a request.
 CHUNK_SHARE, CHUNK_RESPONSES = 0.25, 32
 
-Chunk = list[tuple[int, Rollout]]  # responses, each with its place in the call, prompt by prompt
+Chunk = list[tuple[int, Rollout]]  # responses, each with its index in the call, prompt by prompt
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,6 @@ class RolloutWorker:
     def version(self) -> int:
         """Version of the adapter served; -1 on the pristine base."""
         return self._engine.version
-
-    def process_id(self) -> int:
-        """Operating-system id of the actor's process."""
-        return os.getpid()
 
     @ending_when_broken()
     def apply(self, adapter: Adapter, canary_prefixes: Sequence[Sequence[int]]) -> Acknowledgement:

@@ -30,9 +30,9 @@ class RolloutScorer:
         """Start scoring; returns a future for `result`."""
         return self._client.submit(texts, prompts)
 
-    def result(self, response: Any) -> list[Score]:
+    def result(self, pending: Any) -> list[Score]:
         """Wait for a future; raises RewardError as `RewardClient.result`."""
-        return self._client.result(response)
+        return self._client.result(pending)
 
     def reward(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> tuple[np.ndarray, dict[str, float]]:
         """[B] float32 rewards, and batch means: `reward`, `reward_raw` (without shaping), `reward/<member>`,

@@ -1,11 +1,13 @@
 """A rollout worker whose engine needs no torch: it starts in a second, and all else of it is the real worker."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from ray.util.placement_group import get_current_placement_group
 
 from detox_ray.config import RolloutConfig
@@ -16,6 +18,7 @@ from detox_ray.rollout.engine import EngineSpec
 
 TOKENS = 12
 END_ID = 0
+DEADLY_ID = 666  # a prompt with it takes the worker's process down
 generate_s = 0.2
 
 
@@ -57,9 +60,11 @@ class LightEngine:
         """See `RolloutEngine.generate`; the last ones first, and over a moment, in which a worker can be killed."""
         rng = np.random.default_rng(sampling.seed)
         total = len(prompts) * samples
-        for place in reversed(range(total)):
+        if any(DEADLY_ID in prompt.token_ids for prompt in prompts):
+            os._exit(1)
+        for index in reversed(range(total)):
             time.sleep(generate_s / total)
-            yield place, self._rollout(prompts[place // samples], sampling.max_new_tokens, rng)
+            yield index, self._rollout(prompts[index // samples], sampling.max_new_tokens, rng)
 
     def _rollout(self, prompt: Prompt, most: int, rng: np.random.Generator) -> Rollout:
         ids, logprobs = list[int](), list[float]()
@@ -96,6 +101,11 @@ def take(actor: LightWorker, seconds: float) -> None:
     """Have a worker take so long over a call from now on; for `__ray_call__`."""
     global generate_s
     generate_s = seconds
+
+
+def process_id(actor: Any) -> int:
+    """Of the process that a worker runs in, once it has done what it was asked before."""
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
 def own_group(_: LightWorker) -> str:

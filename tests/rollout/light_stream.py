@@ -27,8 +27,8 @@ class LengthScorer:
         self.given.append((time.monotonic(), len(texts)))
         return list(texts)
 
-    def result(self, response: list[str]) -> list[Score]:
-        return [Score(float(len(text)), {"length": float(len(text))}, 0.0) for text in response]
+    def result(self, pending: list[str]) -> list[Score]:
+        return [Score(float(len(text)), {"length": float(len(text))}, 0.0) for text in pending]
 
     def reward(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> tuple[np.ndarray, dict[str, float]]:
         return np.array([s.reward for s in scores], dtype=np.float32), {}

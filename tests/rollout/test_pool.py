@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,7 +15,7 @@ import pytest
 import ray
 import torch
 from hung_process import stop_when_seen
-from light_engine import LightPolicy, engine_spec, own_group, start_light_workers, take
+from light_engine import DEADLY_ID, LightPolicy, engine_spec, own_group, process_id, start_light_workers, take
 from ray.util.placement_group import placement_group_table
 
 from detox_ray.config import LoraConfig, PolicyConfig, RolloutConfig
@@ -23,7 +24,7 @@ from detox_ray.placement import rollout_placement
 from detox_ray.policy.policy import Policy
 from detox_ray.records import Canary, Prompt, Sampling
 from detox_ray.reservation import reserved
-from detox_ray.rollout.pool import WorkerPool, is_stale, seed_of_call
+from detox_ray.rollout.pool import ATTEMPTS, WorkerPool, is_stale, seed_of_call
 from detox_ray.rollout.worker import start_workers, stop_workers
 
 
@@ -42,6 +43,17 @@ def start_node(local_ray: Path) -> Iterator[Callable[[], psutil.Popen]]:
     yield start
     for node in nodes:
         kill(node)
+
+
+@pytest.fixture
+def light_worker(local_ray: Path) -> Iterator[tuple[Any, WorkerPool]]:
+    """A worker that is asked for four responses a call, and the pool of it alone."""
+    config = RolloutConfig(num_cpus=0.5, max_num_seqs=1)
+    workers = start_light_workers(config)
+    pool = WorkerPool(workers, config, 1e-3)
+    pool.connect()
+    yield workers[0], pool
+    stop_workers(workers)
 
 
 def kill(node: psutil.Popen) -> None:
@@ -69,7 +81,7 @@ def test_workers_are_where_room_was_reserved_for_them_and_come_back_there(local_
         workers = start_light_workers(config, room.places(rollout_placement(config)))
         pool = WorkerPool(workers, config, 1e-3)
         pool.connect()
-        os.kill(ray.get(workers[1].process_id.remote()), signal.SIGKILL)
+        os.kill(process_id(workers[1]), signal.SIGKILL)
         pool.connect()
         bundles = placement_group_table(room.group)["bundles_to_node_id"]
         groups = [ray.get(worker.__ray_call__.remote(own_group)) for worker in workers]
@@ -105,9 +117,30 @@ def test_a_worker_that_hangs_while_it_starts_is_started_anew(local_ray: Path) ->
     workers = start_light_workers(config)
     pool = WorkerPool(workers, config, 1e-3)
     pool.connect()
-    assert ray.get(workers[0].process_id.remote()) != stopped.result()[0].pid
+    assert process_id(workers[0]) != stopped.result()[0].pid
     assert ray.get(workers[0].version.remote()) == -1
     stop_workers(workers)
+
+
+@pytest.mark.e2e
+def test_deaths_between_finished_calls_do_not_end_a_batch(light_worker: tuple[Any, WorkerPool]) -> None:
+    worker, pool = light_worker
+    prompts = [Prompt(str(i), "", (0, i)) for i in range(4 * (ATTEMPTS + 3))]
+    calls = pool.submit(prompts, 1, Sampling(6, seed=1))
+    assert len(calls) == ATTEMPTS + 3
+    for _, chunk in pool.chunks(calls):
+        if chunk is not None and not all(call.is_complete for call in calls):
+            ray.kill(worker, no_restart=False)
+    assert pool.restarts > ATTEMPTS
+    assert [r.prompt_id for call in calls for r in call.rollouts()] == [p.id for p in prompts]
+
+
+@pytest.mark.e2e
+def test_a_call_that_takes_its_worker_down_every_time_ends_the_batch(light_worker: tuple[Any, WorkerPool]) -> None:
+    _, pool = light_worker
+    prompts = [Prompt(str(i), "", (0, DEADLY_ID if i == 4 else i)) for i in range(12)]
+    with pytest.raises(ModelError, match="rollout worker 0 went down 3 times"):
+        pool.sample(prompts, 1, Sampling(6, seed=1))
 
 
 @pytest.mark.e2e
@@ -120,15 +153,13 @@ def test_what_a_node_took_with_it_is_sampled_again(start_node: Callable[[], psut
     version = pool.publish(policy.adapter, policy.canary())
     ray.get(workers[0].__ray_call__.remote(take, 0.1))
     prompts = [Prompt(str(i), "long " * 40_000, (i,)) for i in range(3)]  # too large to be sent with the answer
-    parts = pool.submit(prompts, 2, Sampling(6, seed=1))
+    calls = pool.submit(prompts, 2, Sampling(6, seed=1))
     ray.get(workers[0].version.remote())  # it has answered behind them: all that was sampled lies on its node
     kill(node)
     start_node()
-    for _ in pool.chunks(parts):
-        pass
-    rollouts = parts[0].rollouts()
+    rollouts = pool.rollouts(calls)
     stop_workers(workers)
-    assert parts[0].losses == pool.restarts == 1
+    assert pool.restarts == 1
     assert [r.prompt_id for r in rollouts] == ["0", "0", "1", "1", "2", "2"]
     assert [r.adapter_version for r in rollouts] == [version] * 6
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from light_engine import LightPolicy, take
+from light_engine import LightPolicy, process_id, take
 from light_stream import PROMPTS, LengthScorer, make_stream, publish
 from ray.exceptions import RayActorError
 
@@ -81,7 +81,7 @@ def test_a_worker_killed_between_chunks_costs_time_and_no_response(
     expected = wide_stream.next_batch(0, last_step=9)
     victim = wide_stream.pool._workers[1]
     of_victim = {prompt.text for prompt in wide_stream.prompts_for_step(0)[2:]}
-    process = ray.get(victim.process_id.remote())
+    process = process_id(victim)
 
     class Killer(LengthScorer):
         killed = False
@@ -115,13 +115,12 @@ def test_a_stale_batch_says_so_and_is_never_older_than_allowed(
 def test_a_large_share_is_asked_for_in_several_calls(stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stream, policy)
     stream.pool._config = stream.config.model_copy(update={"max_num_seqs": 1})
-    parts = stream.pool.submit(PROMPTS, 2, Sampling(6, seed=3))
-    assert [len(part.prompts) for part in parts] == [2] * 8
-    assert [part.worker for part in parts] == [0] * 4 + [1] * 4
-    assert len({part.sampling.seed for part in parts}) == 8
-    places = [place for place, _ in stream.pool.chunks(parts)]
-    assert set(places) == set(range(8))
-    answered = [r.prompt_id for part in parts for r in part.rollouts()]
+    calls = stream.pool.submit(PROMPTS, 2, Sampling(6, seed=3))
+    assert [len(call.prompts) for call in calls] == [2] * 8
+    assert [call.worker for call in calls] == [0] * 4 + [1] * 4
+    assert len({call.sampling.seed for call in calls}) == 8
+    assert {index for index, _ in stream.pool.chunks(calls)} == set(range(8))
+    answered = [r.prompt_id for call in calls for r in call.rollouts()]
     assert answered == [p.id for p in PROMPTS for _ in range(2)]
 
 
@@ -144,7 +143,7 @@ def test_nobody_waits_for_the_slowest_worker_before_a_push(stale_stream: Rollout
     stale_stream.next_batch(0, last_step=2)
     assert publish(stale_stream, policy, 0.01) == first + 1
     stale_stream.start(1, last_step=2)
-    assert ray.get(quick.version.remote()) == first + 1  # behind its parts of the batches 1, before the push, and 2
+    assert ray.get(quick.version.remote()) == first + 1  # behind its calls of the batches 1, before the push, and 2
     assert not stale_stream._in_flight[1].done()
     batches = [stale_stream.next_batch(step, last_step=2) for step in (1, 2)]
     ray.get(slow.__ray_call__.remote(take, 0.2))
@@ -168,7 +167,7 @@ def test_a_worker_killed_under_a_batch_ahead_is_brought_back_once(
     stale_stream: RolloutStream, policy: LightPolicy
 ) -> None:
     first = publish(stale_stream, policy)
-    victim = ray.get(stale_stream.pool._workers[0].process_id.remote())
+    victim = process_id(stale_stream.pool._workers[0])
     stale_stream.next_batch(0, last_step=1)
     os.kill(victim, signal.SIGKILL)
     assert publish(stale_stream, policy, 0.01) == first + 1
@@ -191,13 +190,13 @@ def test_discarded_batches_are_sampled_anew(stale_stream: RolloutStream, policy:
 def test_a_killed_worker_costs_time_and_no_prompt(stream: RolloutStream, policy: LightPolicy) -> None:
     publish(stream, policy)
     version = publish(stream, policy, 0.02)
-    victim = ray.get(stream.pool._workers[0].process_id.remote())
+    victim = process_id(stream.pool._workers[0])
     os.kill(victim, signal.SIGKILL)
     batch = stream.next_batch(0, last_step=9)
     assert [r.prompt_id for r in batch.rollouts] == [p.id for p in stream.prompts_for_step(0) for _ in range(2)]
     assert {r.adapter_version for r in batch.rollouts} == {version}
-    assert ray.get(stream.pool._workers[0].process_id.remote()) != victim
-    os.kill(ray.get(stream.pool._workers[1].process_id.remote()), signal.SIGKILL)
+    assert process_id(stream.pool._workers[0]) != victim
+    os.kill(process_id(stream.pool._workers[1]), signal.SIGKILL)
     assert publish(stream, policy, 0.01) == version + 1
     stream.verify()
     assert [ray.get(w.version.remote()) for w in stream.pool._workers] == [version + 1] * 2
@@ -208,7 +207,7 @@ def test_a_worker_that_died_while_nobody_asked_does_not_answer_as_the_untrained_
 ) -> None:
     version = publish(stream, policy)
     worker = stream.pool._workers[0]
-    os.kill(ray.get(worker.process_id.remote()), signal.SIGKILL)
+    os.kill(process_id(worker), signal.SIGKILL)
     wait_until_pristine(worker)
     batch = stream.next_batch(0, last_step=9)
     assert {r.adapter_version for r in batch.rollouts} == {version}
@@ -234,11 +233,11 @@ def test_a_worker_whose_device_fails_is_started_anew(stream: RolloutStream, poli
 
     version = publish(stream, policy)
     worker = stream.pool._workers[1]
-    before = ray.get(worker.process_id.remote())
+    before = process_id(worker)
     ray.get(worker.__ray_call__.remote(break_down))
     batch = stream.next_batch(0, last_step=9)
     assert {r.adapter_version for r in batch.rollouts} == {version}
-    assert ray.get(worker.process_id.remote()) != before
+    assert process_id(worker) != before
 
 
 def test_engines_sleep_from_the_end_of_a_batch_to_the_next_push(
@@ -268,7 +267,7 @@ def test_engines_sleep_from_the_end_of_a_batch_to_the_next_push(
 def test_a_worker_lost_on_its_way_to_sleep_is_brought_back(stream_in_turns: RolloutStream, policy: LightPolicy) -> None:
     version = publish(stream_in_turns, policy)
     pool = stream_in_turns.pool
-    os.kill(ray.get(pool._workers[1].process_id.remote()), signal.SIGKILL)
+    os.kill(process_id(pool._workers[1]), signal.SIGKILL)
     pool.sleep()
     assert [ray.get(w.version.remote()) for w in pool._workers] == [version] * 2
     assert pool.restarts == 1
@@ -331,5 +330,5 @@ def test_an_answer_that_was_lost_is_asked_for_again(stream: RolloutStream, polic
     pushed = stream.pool._push
     assert pushed is not None
     worker = stream.pool._workers[0]
-    again = ray.get(worker.apply.remote(pushed.reference, pushed.canary.prefixes))
+    again = ray.get(worker.apply.remote(pushed.adapter_ref, pushed.canary.prefixes))
     assert (again.version, again.digest) == (pushed.version, pushed.digest)

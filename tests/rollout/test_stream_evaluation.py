@@ -6,8 +6,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-import ray
-from light_engine import LightPolicy
+from light_engine import LightPolicy, process_id
 from light_stream import PROMPTS, make_stream, publish
 
 from detox_ray.records import Rollout, Sampling
@@ -40,7 +39,7 @@ def test_a_worker_killed_under_an_evaluation_is_asked_again(stream: RolloutStrea
     stream.evaluation = notes = Notes()
     sent = publish(stream, policy)
     stream.verify()
-    process = ray.get(stream.pool._workers[0].process_id.remote())
+    process = process_id(stream.pool._workers[0])
     stream.evaluate(0, 0.5)
     os.kill(process, signal.SIGKILL)
     stream.start(0, last_step=0)
