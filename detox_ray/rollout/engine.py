@@ -56,9 +56,9 @@ class RolloutEngine(Protocol):
     version: int
 
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
-        """`samples` responses to each prompt as they finish, with the log-probabilities they were sampled with.
+        """`samples` responses to each prompt, with the log-probabilities they were sampled with.
 
-        Each comes with its place among all of them, prompt by prompt.
+        Yields (index, rollout), `index = prompt * samples + sample`, in the order they finish.
         """
         ...
 
@@ -99,16 +99,17 @@ def choose_engine(config: RolloutConfig, architecture: str) -> tuple[Kind, Sync,
     """(engine, sync, the reason in words) for a model class such as `LlamaForCausalLM`.
 
     Raises:
-        ConfigError: the configured engine, sync or base does not work with the architecture or with each other.
+        ConfigError: the configured engine or sync does not work with the architecture or with each other.
     """
     vllm = _why_not_vllm(architecture, config.num_gpus)
     if config.engine == "vllm" and vllm is not None:
         raise ConfigError(f"rollout.engine=vllm: {vllm}; {_remedy(vllm)} set rollout.engine=transformers")
     if config.engine == "transformers" or vllm is not None:
-        ours = {"sync": ("auto", "adapter"), "base": ("dequantized", "original"), "tensor_parallel": (1,)}
-        alien = [f"{key}={value}" for key, values in ours.items() if (value := getattr(config, key)) not in values]
-        if alien:
-            raise ConfigError(f"rollout.{alien[0]} needs the vllm engine, and the engine is transformers; leave it out")
+        needs_vllm = "needs the vllm engine, and the engine is transformers; leave it out"
+        if config.sync == "merged":
+            raise ConfigError(f"rollout.sync=merged {needs_vllm}")
+        if config.tensor_parallel > 1:
+            raise ConfigError(f"rollout.tensor_parallel={config.tensor_parallel} {needs_vllm}")
         return "transformers", "adapter", vllm or "engine: transformers was asked for"
     if config.sync == "adapter" and architecture in WITHOUT_LORA:
         raise ConfigError(f"rollout.sync=adapter: vLLM has no LoRA for {architecture}; use rollout.sync=merged")
@@ -125,7 +126,7 @@ def _why_not_vllm(architecture: str, num_gpus: float) -> str | None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return NOT_INSTALLED
-    if num_gpus == 0 and not _is_built_for_cpu():
+    if num_gpus == 0 and not is_built_for_cpu():
         return "the vLLM installed is the build for GPUs, and rollout.num_gpus=0"
     source = (Path(spec.origin).parent / "model_executor" / "models" / "registry.py").read_text(encoding="utf-8")
     served = source.partition("_PREVIOUSLY_SUPPORTED_MODELS")[0]
@@ -136,8 +137,8 @@ def _why_not_vllm(architecture: str, num_gpus: float) -> str | None:
     return None
 
 
-def _is_built_for_cpu() -> bool:
-    """What vLLM itself goes by: its build for CPUs is another package, or has "cpu" in its version."""
+def is_built_for_cpu() -> bool:
+    """Whether the vLLM installed is a build for CPUs: another package, or one with "cpu" in its version."""
     try:
         return "cpu" in version("vllm")
     except PackageNotFoundError:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 # vLLM reads these when it is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from vllm import LLM, SamplingParams
+from vllm.config.lora import MaxLoRARanks
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.utils.torch_utils import set_random_seed
@@ -36,7 +37,7 @@ class VllmEngine:
     `adapter`: every version is a LoRA of its own name, id and path, so no cached block serves another version.
     `merged`: the weights are reloaded from the pristine ones plus the adapter and the prefix cache is emptied.
 
-    With `tensor_parallel` above 1 the model lives in as many processes of its own, each with its part of every weight.
+    With `tensor_parallel` above 1 the model lives in as many processes of its own, each with its shard of every weight.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -69,14 +70,14 @@ class VllmEngine:
             **options,
         )
         if spec.sync == "merged":
-            self._on_every_part(_keep_pristine_weights, spec.model, spec.revision)
+            self._on_every_rank(_keep_pristine_weights, spec.model, spec.revision)
         self._tokenizer: Any = self._llm.get_tokenizer()
 
     def generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
         """See `RolloutEngine.generate`."""
         self._wake()
         # The engine samples from its processes' generators: the same call on the same engine gives the same responses.
-        self._on_every_part(_seed, sampling.seed)
+        self._on_every_rank(_seed, sampling.seed)
         params = SamplingParams(
             n=samples,
             temperature=sampling.temperature,
@@ -88,9 +89,9 @@ class VllmEngine:
             logprobs=0,
             detokenize=False,
         )
-        for place, output in self._run([p.token_ids for p in prompts], params):
+        for index, output in self._run([p.token_ids for p in prompts], params):
             for sample, completion in enumerate(output.outputs):
-                yield place * samples + sample, self._rollout(prompts[place], completion)
+                yield index * samples + sample, self._rollout(prompts[index], completion)
 
     def _rollout(self, prompt: Prompt, completion: Any) -> Rollout:
         logprobs = [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)]
@@ -109,7 +110,7 @@ class VllmEngine:
         """See `RolloutEngine.apply`."""
         self._wake()
         if self._spec.sync == "merged":
-            self._on_every_part(_serve_merged, adapter)
+            self._on_every_rank(_serve_merged, adapter)
             self._llm.reset_prefix_cache()
         else:
             folder = self._scratch / f"v{adapter.version}"
@@ -127,43 +128,43 @@ class VllmEngine:
         self._wake()
         params = SamplingParams(temperature=1.0, max_tokens=1, logprobs=CANARY_TOP, detokenize=False)
         outputs = dict(self._run(prefixes, params))
-        answers = [outputs[place].outputs[0].logprobs[0] for place in range(len(prefixes))]
+        answers = [outputs[index].outputs[0].logprobs[0] for index in range(len(prefixes))]
         return [{token: entry.logprob for token, entry in answer.items()} for answer in answers]
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`: the weights go to main memory, the cache is forgotten."""
-        with self._ending_without_a_part():
+        with self._exiting_if_a_rank_died():
             self._llm.sleep(level=1)
 
     def _wake(self) -> None:
         if self._llm.llm_engine.is_sleeping():
-            with self._ending_without_a_part():
+            with self._exiting_if_a_rank_died():
                 self._llm.wake_up()
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[tuple[int, Any]]:
-        """Each prompt's place and what vLLM says of it, as they finish."""
+        """Each prompt's index and vLLM's output for it, as they finish."""
         requests = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
         engine = self._llm.llm_engine
-        with self._ending_without_a_part():
+        with self._exiting_if_a_rank_died():
             # Within vLLM a request's number has a random ending, which its output has not.
             names = self._llm.enqueue(requests, params, use_tqdm=False, lora_request=self._lora)
-            places = {name.partition("-")[0]: place for place, name in enumerate(names)}
+            indexes = {name.partition("-")[0]: index for index, name in enumerate(names)}
             try:
                 while engine.has_unfinished_requests():
                     for output in engine.step():
                         if output.finished:
-                            yield places[output.request_id], output
+                            yield indexes[output.request_id], output
             finally:
                 if engine.has_unfinished_requests():  # an error has left some, which the next call would meet
                     engine.abort_request(names, internal=True)
 
-    def _on_every_part(self, function: Any, *arguments: Any) -> None:
-        with self._ending_without_a_part():
+    def _on_every_rank(self, function: Any, *arguments: Any) -> None:
+        with self._exiting_if_a_rank_died():
             self._llm.collective_rpc(function, args=arguments)
 
     @contextmanager
-    def _ending_without_a_part(self) -> Iterator[None]:
-        """Where a process with a part of the model has died, end this one too: Ray starts the worker anew."""
+    def _exiting_if_a_rank_died(self) -> Iterator[None]:
+        """Where a process with a shard of the model has died, end this one too: Ray starts the worker anew."""
         try:
             yield
         except RuntimeError:
@@ -172,7 +173,7 @@ class VllmEngine:
             raise
 
 
-# What follows runs in every process that holds a part of the model, with vLLM's worker there.
+# What follows runs in every process that holds a shard of the model, with vLLM's worker there.
 
 
 def _keep_pristine_weights(worker: Any, model: str, revision: str | None) -> None:
@@ -189,4 +190,4 @@ def _seed(_: Any, seed: int) -> None:
 
 def _lora_rank_bucket(rank: int) -> int:
     """The smallest rank of those vLLM has kernels for that holds `rank`."""
-    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+    return min(size for size in get_args(MaxLoRARanks) if size >= rank)

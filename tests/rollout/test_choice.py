@@ -2,10 +2,8 @@ import pytest
 
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import ConfigError
-from detox_ray.records import Prompt
 from detox_ray.rollout import engine
 from detox_ray.rollout.engine import choose_engine
-from detox_ray.schedule import Schedule
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +42,7 @@ def test_vllm_built_for_gpus_is_not_given_one_that_the_configuration_does_not_gi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("vllm.version", reason="vLLM is not installed")
-    monkeypatch.setattr(engine, "_is_built_for_cpu", lambda: False)
+    monkeypatch.setattr(engine, "is_built_for_cpu", lambda: False)
     kind, _, reason = choose_engine(RolloutConfig(), "LlamaForCausalLM")
     assert (kind, reason) == ("transformers", "the vLLM installed is the build for GPUs, and rollout.num_gpus=0")
     assert choose_engine(RolloutConfig(num_gpus=1), "LlamaForCausalLM")[0] == "vllm"
@@ -68,13 +66,3 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict, archite
     pytest.importorskip("vllm.version", reason="vLLM is not installed")
     with pytest.raises(ConfigError, match=message):
         choose_engine(RolloutConfig(**settings), architecture)
-
-
-def test_the_schedule_passes_over_all_prompts_and_needs_no_state() -> None:
-    prompts = [Prompt(str(i), str(i), (i,)) for i in range(10)]
-    schedule = Schedule(prompts, per_step=4, seed=1)
-    seen = [p.id for step in range(5) for p in schedule(step)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in prompts)
-    assert seen[:10] != seen[10:]
-    assert Schedule(prompts, 4, 1)(3) == schedule(3)
-    assert Schedule(prompts, 4, 2)(0) != schedule(0)
