@@ -75,6 +75,21 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Scored rollouts of one step, the samples of a prompt next to each other.
+
+    `rewards: [B] float32`; `staleness` in adapter versions; `metrics` holds what the scorer says of the batch, the
+    seconds the learner waited (`time_acknowledge_s`, `time_rollout_s` and `time_reward_s`, one after the other) and
+    `worker_restarts`.
+    """
+
+    rollouts: list[Rollout]
+    rewards: np.ndarray
+    staleness: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How responses are sampled.
 

@@ -29,25 +29,9 @@ from detox_ray.metrics_file import (
 )
 from detox_ray.policy.adapter import Adapter
 from detox_ray.policy.policy import Policy
-from detox_ray.records import Canary, Rollout
+from detox_ray.records import Batch, Canary, Rollout
 from detox_ray.run_folder import log_to
 from detox_ray.tracking.tracker import JUDGE, Tracker, open_tracker
-
-
-class ScoredBatch(Protocol):
-    """A step's rollouts (the samples of a prompt together), `rewards: [B] float32`, and how old the policy was."""
-
-    @property
-    def rollouts(self) -> list[Rollout]: ...
-
-    @property
-    def rewards(self) -> np.ndarray: ...
-
-    @property
-    def staleness(self) -> int: ...
-
-    @property
-    def metrics(self) -> dict[str, float]: ...
 
 
 class Stream(Protocol):
@@ -57,7 +41,7 @@ class Stream(Protocol):
 
     def start(self, step: int, last_step: int) -> None: ...
 
-    def next_batch(self, step: int, last_step: int) -> ScoredBatch: ...
+    def next_batch(self, step: int, last_step: int) -> Batch: ...
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int: ...
 
@@ -217,7 +201,7 @@ def publish(task: LearnerTask, policy: Policy) -> int:
     return on_first_learner(lambda: task.stream.publish(policy.adapter, canary))
 
 
-def _share(batch: ScoredBatch) -> tuple[Sequence[Rollout], np.ndarray]:
+def _share(batch: Batch) -> tuple[Sequence[Rollout], np.ndarray]:
     """This learner's contiguous part of a batch."""
     rank, learners = world()
     size = len(batch.rollouts) // learners

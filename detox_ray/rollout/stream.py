@@ -18,7 +18,7 @@ import numpy as np
 from detox_ray.config import RolloutConfig
 from detox_ray.errors import SyncError
 from detox_ray.policy.adapter import Adapter
-from detox_ray.records import Canary, Prompt, Rollout, Sampling, Score
+from detox_ray.records import Batch, Canary, Prompt, Rollout, Sampling, Score
 from detox_ray.rollout.pool import Push, SamplingCall, WorkerPool
 
 PromptSchedule = Callable[[int], Sequence[Prompt]]
@@ -56,21 +56,6 @@ class Evaluation(Protocol):
     def judge(self, rollouts: Future[list[Rollout]], version: int, step: int, reward: float) -> None: ...
 
     def finished(self, until: int) -> list[dict[str, float]]: ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Scored rollouts of one step, the samples of a prompt next to each other.
-
-    `rewards: [B] float32`; `staleness` in adapter versions; `metrics` holds what the scorer says of the batch, the
-    seconds the learner waited (`time_acknowledge_s`, `time_rollout_s` and `time_reward_s`, one after the other) and
-    `worker_restarts`.
-    """
-
-    rollouts: list[Rollout]
-    rewards: np.ndarray
-    staleness: int
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,9 @@ from detox_ray.policy.adapter import Adapter, load_adapter
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.ppo_config import DivergenceConfig, PPOConfig
-from detox_ray.records import Canary, Rollout
+from detox_ray.records import Batch, Canary, Rollout
 
 pytestmark = pytest.mark.unit
-
-
-@dataclass
-class Batch:
-    rollouts: list[Rollout]
-    rewards: np.ndarray
-    staleness: int = 0
-    metrics: dict[str, float] = field(default_factory=lambda: {"reward": 0.0, "time_acknowledge_s": 0.0})
 
 
 class OwnPolicyStream:
@@ -59,7 +50,8 @@ class OwnPolicyStream:
             Rollout(str(i), "", p, r, row, text, "stop", 0)
             for i, (p, r, row, text) in enumerate(zip(prompts, responses, logprobs, texts, strict=True))
         ]
-        return Batch(rollouts, rng.normal(size=8).astype(np.float32))
+        metrics = {"reward": 0.0, "time_acknowledge_s": 0.0}
+        return Batch(rollouts, rng.normal(size=8).astype(np.float32), staleness=0, metrics=metrics)
 
     def publish(self, make_adapter: Callable[[int], Adapter], canary: Canary) -> int:
         self.published.append(make_adapter(len(self.published)))
