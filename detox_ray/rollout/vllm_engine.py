@@ -1,10 +1,10 @@
 """Rollout engine on vLLM, in process. Import this module only where vLLM is meant to run."""
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 # vLLM reads these when it is imported.
@@ -28,7 +28,6 @@ from detox_ray.policy.adapter import Adapter, save_adapter
 from detox_ray.records import Prompt, Rollout, Sampling
 from detox_ray.rollout.engine import CANARY_TOP, EngineSpec
 from detox_ray.rollout.merge import load_pristine_weights, merged_weights
-from detox_ray.rollout.scratch import scratch_folder
 
 
 class VllmEngine:
@@ -44,7 +43,6 @@ class VllmEngine:
         self.version = -1
         self._spec = spec
         self._lora: LoRARequest | None = None
-        self._scratch = scratch_folder() if spec.sync == "adapter" else Path()
         options: dict[str, Any] = {"dtype": spec.dtype}
         if spec.tensor_parallel > 1:
             # Not Ray's executor, which vLLM takes inside an actor: this actor has the devices already.
@@ -113,13 +111,14 @@ class VllmEngine:
             self._on_every_rank(_serve_merged, adapter)
             self._llm.reset_prefix_cache()
         else:
-            folder = self._scratch / f"v{adapter.version}"
-            save_adapter(adapter, folder)
-            request = LoRARequest(f"v{adapter.version}", adapter.version + 1, str(folder))
-            self._llm.llm_engine.add_lora(request)
+            # The folder is needed for as long as vLLM reads it, and an engine may be killed at any later time.
+            with TemporaryDirectory(prefix="detox_ray-adapter-") as scratch:
+                folder = Path(scratch) / f"v{adapter.version}"
+                save_adapter(adapter, folder)
+                request = LoRARequest(folder.name, adapter.version + 1, str(folder))
+                self._llm.llm_engine.add_lora(request)
             if self._lora is not None:
                 self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
-                shutil.rmtree(self._lora.lora_path)
             self._lora = request
         self.version = adapter.version
 

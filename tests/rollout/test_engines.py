@@ -135,6 +135,8 @@ def test_logprobs_are_those_of_peft_before_and_after_every_push(
         assert largest_difference(rollouts, model) <= TOLERANCE
         # The adapter of the version before is far away: the check above can fail.
         assert largest_difference(rollouts, AutoModelForCausalLM.from_pretrained(base)) > 0.05
+    if adapter_folder := ray.get(worker.__ray_call__.remote(folder_of_adapter)):
+        assert not Path(adapter_folder).parent.exists()  # what a killed engine would leave behind
     with pytest.raises(SyncError, match="not newer"):
         ray.get(worker.apply.remote(replace(adapter, version=0), canary.prefixes))
     damaged = Adapter(PUSHES, adapter.digest, adapter.peft_config, {**adapter.tensors})
@@ -144,6 +146,12 @@ def test_logprobs_are_those_of_peft_before_and_after_every_push(
         ray.get(worker.apply.remote(damaged, canary.prefixes))
     ended(worker, model)
     fixed(worker, model)
+
+
+def folder_of_adapter(actor: Any) -> str:
+    """What vLLM read the adapter from, if it serves it in a LoRA slot."""
+    lora = getattr(actor._engine, "_lora", None)
+    return lora.lora_path if lora else ""
 
 
 def test_an_engine_that_slept_answers_as_before(worker: Any) -> None:
