@@ -236,7 +236,9 @@ class WorkerPool:
             asleep = list(self._answers([worker.sleep.remote() for worker in self._workers], restarts))
             if len(asleep) == self.size:
                 return
-        raise ModelError(f"rollout workers went down {ATTEMPTS} times on their way to sleep; see ray-logs")
+        raise ModelError(
+            f"rollout workers went down {ATTEMPTS} times on their way to sleep; see ray-logs in the run folder"
+        )
 
     def _answers(self, answer_refs: Sequence[Any], restarts: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """What each worker answers, by its index; one that is lost over it is brought back and left out."""

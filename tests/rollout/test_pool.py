@@ -144,6 +144,25 @@ def test_a_call_that_takes_its_worker_down_every_time_ends_the_batch(light_worke
 
 
 @pytest.mark.e2e
+def test_a_worker_lost_twice_on_its_way_to_sleep_is_brought_back(
+    light_worker: tuple[Any, WorkerPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, pool = light_worker
+    restore = pool._restore
+
+    def restore_and_kill(*lost: Any) -> None:
+        restore(*lost)
+        if pool.restarts == 1:
+            os.kill(process_id(worker), signal.SIGKILL)
+
+    monkeypatch.setattr(pool, "_restore", restore_and_kill)
+    os.kill(process_id(worker), signal.SIGKILL)
+    pool.sleep()
+    assert pool.restarts == 2
+    assert ray.get(worker.version.remote()) == -1
+
+
+@pytest.mark.e2e
 def test_what_a_node_took_with_it_is_sampled_again(start_node: Callable[[], psutil.Popen]) -> None:
     config = RolloutConfig(num_cpus=0.5, resources={"spare": 1})
     node = start_node()
