@@ -1,11 +1,14 @@
-"""Sums over learners; with a single learner (no process group) everything is the identity."""
+"""Sums, maxima and broadcasts over learners; with a single learner (no process group) everything is the identity."""
 
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from detox_ray.errors import last_line
 
 T = TypeVar("T")
 
@@ -45,7 +48,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def on_first_learner(make: Callable[[], T]) -> T:
-    """Call `make` on rank 0 and give its result to every learner; an error of it is raised on all of them."""
+    """Call `make` on rank 0 and give its result to every learner.
+
+    An error of it is raised on all of them, as a RuntimeError with its last line if it cannot be pickled.
+    """
     rank, size = world()
     if size == 1:
         return make()
@@ -54,8 +60,19 @@ def on_first_learner(make: Callable[[], T]) -> T:
         try:
             box[0] = make()
         except Exception as error:
-            box[1] = error
+            box[1] = _picklable(error)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error, or a RuntimeError caused by it: the class that Ray makes of an engine's exception cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        sent = RuntimeError(f"{type(error).__name__}: {last_line(error)}")
+        sent.__cause__ = error
+        return sent
+    return error
