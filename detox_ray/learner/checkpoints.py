@@ -1,13 +1,14 @@
 """Checkpoints of a learner through Ray Train, and the error a learner leaves for the driver."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import ray.train
+from ray.train import CheckpointUploadMode
 
 from detox_ray.errors import DetoxError, storage_error
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint, write_checkpoint
@@ -26,14 +27,19 @@ class Learner(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
-def save_checkpoint(learner: Learner, step: int, metrics: dict[str, Any]) -> None:
-    """Save adapter, state and step through Ray Train, on all learners; data and randomness follow from the step."""
+def save_checkpoint(learner: Learner, step: int, metrics: dict[str, Any], checkpoints: Path) -> None:
+    """Save adapter, state and step for Ray Train, on all learners; data and randomness follow from the step.
+
+    The checkpoint is written where it stays: `checkpoints` is the folder that Ray Train keeps them in.
+    """
     if world()[0] != 0:
         ray.train.report(metrics)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), step, learner.policy.adapter(), learner.state())
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    folder = checkpoints / f"checkpoint_{step}_{uuid4().hex[:8]}"
+    folder.mkdir()
+    write_checkpoint(folder, step, learner.policy.adapter(), learner.state())
+    checkpoint = ray.train.Checkpoint.from_directory(folder)
+    ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
 def resume(learner: Learner, checkpoints: Path) -> int:

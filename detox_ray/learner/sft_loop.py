@@ -79,7 +79,7 @@ def _tune(task: TuningTask) -> None:
             append_metrics(run_dir / METRICS_FILE, line)
             tracker.log(line)
         if is_look:
-            save_checkpoint(sft, step - 1, line)
+            save_checkpoint(sft, step - 1, line, run_dir / CHECKPOINT_FOLDER)
     if tracker is not None:
         tracker.close()
         found = sft.dev_loss

@@ -118,7 +118,7 @@ def _train(task: LearnerTask) -> None:
         if is_kept_step:
             if world()[0] == 0:
                 keep_adapter(policy.adapter(), run_dir, step + 1)
-            save_checkpoint(recovery, step, line)
+            save_checkpoint(recovery, step, line, run_dir / CHECKPOINT_FOLDER)
     on_first_learner(stream.verify)
     if world()[0] == 0 and not is_kept(policy.adapter(), run_dir):
         keep_adapter(policy.adapter(), run_dir, last_step + 1)
