@@ -12,7 +12,7 @@ from ray.train import CheckpointUploadMode
 
 from detox_ray.errors import DetoxError, storage_error
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint, write_checkpoint
-from detox_ray.learner.distributed import on_first_learner, world
+from detox_ray.learner.distributed import is_first_learner, learner_count, on_first_learner
 from detox_ray.metrics_file import FAILURE_FILE, write_atomically
 from detox_ray.policy.policy import Policy
 
@@ -32,7 +32,7 @@ def save_checkpoint(learner: Learner, step: int, metrics: dict[str, Any], checkp
 
     The checkpoint is written where it stays: `checkpoints` is the folder that Ray Train keeps them in.
     """
-    if world()[0] != 0:
+    if not is_first_learner():
         ray.train.report(metrics)
         return
     folder = checkpoints / f"checkpoint_{step}_{uuid4().hex[:8]}"
@@ -62,8 +62,8 @@ def resume(learner: Learner, checkpoints: Path) -> int:
 def leave_failure(run_dir: Path, work: Callable[[], None]) -> None:
     """Do the work of a learner; an error of ours, or of full storage, is left in the run folder for the driver.
 
-    Ray Train would try again what cannot succeed, but several learners must all stop: one may wait for another. So
-    theirs is raised, and what Ray then starts anew finds it and ends.
+    With one learner the error is not raised again, since Ray Train would retry what cannot succeed. With several it is,
+    because the others may be waiting for this one; the attempt Ray then starts finds the file and returns.
     """
     if on_first_learner((run_dir / FAILURE_FILE).exists):
         return
@@ -77,5 +77,5 @@ def leave_failure(run_dir: Path, work: Callable[[], None]) -> None:
             write_atomically(run_dir / FAILURE_FILE, json.dumps({"type": type(ours).__name__, "message": str(ours)}))
         except OSError:
             raise ours from None
-        if world()[1] > 1:
+        if learner_count() > 1:
             raise ours from None

@@ -15,7 +15,7 @@ from two_learners import choose_port, join_learners, tune, update
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.learner.distributed import on_first_learner
 from detox_ray.learner_config import TrainConfig
-from detox_ray.policy.footprint import sharded_weight_bytes, skeleton, weight_bytes
+from detox_ray.policy.footprint import load_skeleton, sharded_weight_bytes, weight_bytes
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.policy.sharding import transformer_blocks
@@ -143,7 +143,7 @@ def test_a_sharded_base_is_the_whole_one(learners: list[dict[str, Any]]) -> None
 
 def test_the_plan_says_what_a_learner_holds(tiny_model: str) -> None:
     config = PolicyConfig(model=tiny_model, quantization="none", lora=LoraConfig(rank=4))
-    shape = skeleton(config, torch.float32)
+    shape = load_skeleton(config, torch.float32)
     blocks = transformer_blocks(shape.base)
     of_a_block = sum(4 * p.numel() for p in blocks[0].parameters() if not p.requires_grad)
     expected = weight_bytes(shape, "none") - len(blocks) * of_a_block / 2 + of_a_block
