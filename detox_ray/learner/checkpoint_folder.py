@@ -27,7 +27,7 @@ RAY_LIST_FILE = "checkpoint_manager_snapshot.json"
 def write_checkpoint(folder: Path, step: int, adapter: Adapter, state: dict[str, Any]) -> None:
     """Fill an empty folder with the state after `step` (of tensors, numbers and containers of them)."""
     save_adapter(adapter, folder / ADAPTER_FOLDER)
-    content = io.BytesIO()  # to a path torch.save would hide the disk's OSError behind a RuntimeError
+    content = io.BytesIO()  # torch.save to a path turns the OSError of a full disk into a RuntimeError
     torch.save(state, content)
     (folder / LEARNER_FILE).write_bytes(content.getbuffer())
     manifest = {"step": step, "sha256": _digests(folder)}

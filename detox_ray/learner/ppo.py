@@ -96,9 +96,9 @@ class PPO:
             on_policy: the rollouts come from the policy as it is now, so engine and learner must agree on them.
 
         Returns:
-            The metrics of `metric_names.TRAINING` that are made here. Over the batch of all learners: kl, entropy,
-            explained_variance, logprob_gap_mean and others. Means over the optimiser steps: policy_loss, value_loss,
-            clip_fraction and grad_norm. Of the last minibatch, before its optimiser step: approx_kl.
+            Metrics of `metric_names.TRAINING`, over all learners. policy_loss, value_loss, clip_fraction and grad_norm
+            are means over the optimiser steps; approx_kl is of the last minibatch, before its optimiser step; all
+            others are of the whole batch.
 
         Raises:
             SyncError: the mean log-probability gap of an on-policy batch is above the bound.
