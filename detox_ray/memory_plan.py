@@ -17,9 +17,9 @@ from detox_ray.policy.footprint import (
     activation_bytes,
     cache_bytes_per_token,
     dequantization_bytes,
+    load_skeleton,
     logits_bytes,
     sharded_weight_bytes,
-    skeleton,
     weight_bytes,
 )
 from detox_ray.policy.load import compute_dtype
@@ -102,7 +102,7 @@ def plan_memory(config: Config) -> MemoryPlan:
         ModelError: a model's configuration cannot be read.
     """
     device = torch.device("cuda" if config.train.num_gpus > 0 else "cpu")
-    shape = skeleton(config.policy, compute_dtype(config.policy, device))
+    shape = load_skeleton(config.policy, compute_dtype(config.policy, device))
     batch = _activations(config, shape, config.policy.gradient_checkpointing)
     roles = [learner_role(config.policy, config.train, config.ppo, shape, batch), _rollout_worker(config, shape)]
     roles += [_classifier(classifier) for classifier in config.reward.classifiers]

@@ -35,25 +35,28 @@ TRAINING = {
     "share_finished": Metric("share", "responses that ended with an end token before `rollout.max_new_tokens`"),
     "response_length": Metric("tokens", "mean length of a response, its end token included"),
     "kl": Metric(
-        "nats a response",
+        "nats per response",
         "KL to the reference policy: mean over responses of the sum over tokens of log p - log p_reference (k1)",
     ),
-    "kl_coefficient": Metric("reward a nat", "beta, by which the KL of each token is taken from its reward"),
-    "entropy": Metric("nats a token", "mean entropy of the policy's distributions at the sampled positions"),
+    "kl_coefficient": Metric("reward per nat", "beta, by which the KL of each token is taken from its reward"),
+    "entropy": Metric("nats per token", "mean entropy of the policy's distributions at the sampled positions"),
     "policy_loss": Metric(
         "reward", "clipped surrogate, mean over tokens and optimiser steps (Schulman et al. 2017, eq. 7)"
     ),
     "value_loss": Metric("squared reward", "clipped squared error of the value head, likewise; 0 without one"),
     "explained_variance": Metric("share", "1 - variance of returns minus values / variance of returns; 1 is perfect"),
-    "clip_fraction": Metric("share", "tokens whose policy ratio was outside 1 +- `ppo.clip_range`"),
+    "clip_fraction": Metric(
+        "share", "tokens whose policy ratio was outside 1 +- `ppo.clip_range`, mean over optimiser steps"
+    ),
     "approx_kl": Metric(
-        "nats a token", "how far the last optimiser step is from where the step began: mean of ratio - 1 - log ratio"
+        "nats per token",
+        "mean of ratio - 1 - log ratio over the last minibatch, before its optimiser step",
     ),
     "grad_norm": Metric("gradient", "norm of the gradient before it is clipped, mean over optimiser steps"),
     "learning_rate": Metric("rate", "of the adapter, schedule and roll-backs included"),
     "updates": Metric("steps", "optimiser steps made; fewer than planned after `ppo.target_kl`"),
-    "logprob_gap_mean": Metric("nats a token", "mean |log p by the rollout engine - log p by the learner|"),
-    "logprob_gap_max": Metric("nats a token", "the largest such difference in the batch"),
+    "logprob_gap_mean": Metric("nats per token", "mean |log p by the rollout engine - log p by the learner|"),
+    "logprob_gap_max": Metric("nats per token", "the largest such difference in the batch"),
     "importance_mean": Metric(
         "ratio", "mean over tokens of the truncated weight p_proximal / p_behaviour; 1 when strictly on-policy"
     ),
@@ -72,23 +75,23 @@ TRAINING = {
     "time_learn_s": Metric("seconds", "forward and backward passes and optimiser steps"),
     "time_push_s": Metric("seconds", "`time_acknowledge_s`, and for the canary and sending the new adapter"),
     "time_step_s": Metric("seconds", "from asking for a batch until its adapter is sent; writing files is not in it"),
-    "tokens_per_s": Metric("tokens a second", "response tokens of the batch / `time_step_s`"),
-    "samples_per_s": Metric("responses a second", "responses of the batch / `time_step_s`"),
+    "tokens_per_s": Metric("tokens per second", "response tokens of the batch / `time_step_s`"),
+    "samples_per_s": Metric("responses per second", "responses of the batch / `time_step_s`"),
 }
 
 # A line of metrics.jsonl of `detox-ray sft`.
 TUNING = {
     "step": Metric("steps", "number of the optimiser step, from 0"),
     "ended_at": Metric("seconds since 1970", "when the step was finished"),
-    "loss": Metric("nats a token", "cross-entropy, mean over the batch's response tokens"),
-    "dev_loss": Metric("nats a token", "the same over the dev examples, on steps that look at it"),
+    "loss": Metric("nats per token", "cross-entropy, mean over the batch's response tokens"),
+    "dev_loss": Metric("nats per token", "the same over the dev examples, on steps that look at it"),
     "grad_norm": Metric("gradient", "norm of the gradient before it is clipped"),
     "learning_rate": Metric("rate", "of the adapter"),
     "response_tokens": Metric("tokens", "of the batch, learned from"),
     "tokens": Metric("tokens", "of the batch, prompts included"),
     "time_learn_s": Metric("seconds", "forward and backward passes and the optimiser step"),
     "time_dev_s": Metric("seconds", "for the dev loss, on steps that look at it"),
-    "tokens_per_s": Metric("tokens a second", "`tokens` / `time_learn_s`"),
+    "tokens_per_s": Metric("tokens per second", "`tokens` / `time_learn_s`"),
 }
 
 # A line of evaluations.jsonl: the judge on held-out prompts while it trains; trackers put `judge/` before the names.

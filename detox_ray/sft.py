@@ -12,7 +12,7 @@ from detox_ray.cluster import announce_shortage, local_capacity, ray_session, st
 from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
 from detox_ray.data.learned import learned_by, write_learned
 from detox_ray.errors import ConfigError, ModelError
-from detox_ray.learner.sft import steps_of_a_pass
+from detox_ray.learner.sft import steps_per_epoch
 from detox_ray.learner.sft_loop import TuningTask, sft_loop
 from detox_ray.metrics_file import DEV_PROMPTS_FILE, FINE_TUNING_FILE, write_atomically
 from detox_ray.placement import check_placements, learner_placement
@@ -44,7 +44,7 @@ class TuningPlan:
         """Optimiser steps, as configured or of so many epochs."""
         train = self.config.train
         return train.total_steps or math.ceil(
-            train.epochs * steps_of_a_pass(len(self.examples.train), train.batch_size)
+            train.epochs * steps_per_epoch(len(self.examples.train), train.batch_size)
         )
 
 

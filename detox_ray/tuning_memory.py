@@ -3,7 +3,7 @@
 import torch
 
 from detox_ray.memory_plan import MemoryPlan, learner_role, weight_remedies, worthwhile
-from detox_ray.policy.footprint import Skeleton, activation_bytes, logits_bytes, skeleton
+from detox_ray.policy.footprint import Skeleton, activation_bytes, load_skeleton, logits_bytes
 from detox_ray.policy.load import compute_dtype
 from detox_ray.sft_config import SFTConfig
 
@@ -16,7 +16,7 @@ def plan_tuning_memory(config: SFTConfig) -> MemoryPlan:
     """
     policy, train = config.policy, config.train
     device = torch.device("cuda" if train.num_gpus > 0 else "cpu")
-    shape = skeleton(policy, compute_dtype(policy, device))
+    shape = load_skeleton(policy, compute_dtype(policy, device))
     now = _pass_bytes(config, shape, policy.gradient_checkpointing, train.microbatch_tokens)
     remedies = weight_remedies(policy, train, shape)
     if not policy.gradient_checkpointing:

@@ -58,7 +58,7 @@ def tune(model: str, shard_base: bool = False) -> tuple[dict[str, float], dict[s
     sft = SFT(policy, OptimizerConfig(learning_rate=1e-3), 64, pad_id=1, total_steps=1, seed=0)
     rng = np.random.default_rng(0)
     batch = [TokenizedExample(rng.integers(2, 96, 1 + i), rng.integers(2, 96, 1 + i * i // 2)) for i in range(9)]
-    sft.look(share_of(batch), 0)
+    sft.evaluate(share_of(batch), 0)
     metrics = sft.update(share_of(batch), 0)
-    sft.look(share_of(batch), 1)
+    sft.evaluate(share_of(batch), 1)
     return metrics | {"dev_loss_before": sft.dev_loss.first, "dev_loss": sft.dev_loss.last}, policy.adapter(0).tensors

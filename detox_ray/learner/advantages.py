@@ -10,7 +10,7 @@ def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: flo
     Args:
         rewards: [B] float32, of whole responses.
         kl: [B, R] float32, per-token estimate against the reference.
-        mask: [B, R] bool.
+        mask: [B, R] bool; every response has at least one token.
         kl_coefficient: beta.
     """
     last = mask.sum(dim=1) - 1
@@ -26,7 +26,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
         rewards: [B, R] float32.
         values: [B, R] float32.
         mask: [B, R] bool.
-        gamma: discount a token.
+        gamma: discount per token.
         gae_lambda: weight of longer returns.
 
     Returns:
@@ -70,7 +70,7 @@ def grpo(rewards: Tensor) -> Tensor:
     return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
 
-def standardise(advantages: Tensor, mask: Tensor, count: Tensor, total: Tensor, total_square: Tensor) -> Tensor:
+def whiten(advantages: Tensor, mask: Tensor, count: Tensor, total: Tensor, total_square: Tensor) -> Tensor:
     """Advantages with mean 0 and variance 1 over all tokens.
 
     Args:

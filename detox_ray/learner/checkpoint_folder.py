@@ -27,7 +27,7 @@ RAY_LIST_FILE = "checkpoint_manager_snapshot.json"
 def write_checkpoint(folder: Path, step: int, adapter: Adapter, state: dict[str, Any]) -> None:
     """Fill an empty folder with the state after `step` (of tensors, numbers and containers of them)."""
     save_adapter(adapter, folder / ADAPTER_FOLDER)
-    content = io.BytesIO()
+    content = io.BytesIO()  # torch.save to a path turns the OSError of a full disk into a RuntimeError
     torch.save(state, content)
     (folder / LEARNER_FILE).write_bytes(content.getbuffer())
     manifest = {"step": step, "sha256": _digests(folder)}
@@ -81,7 +81,9 @@ def registered_checkpoints(folder: Path) -> list[Path] | None:
 
 
 def remove_wrong_list(folder: Path) -> None:
-    """Ray does not start with a list that a kill cut short or that is ahead of a copy; `resume` does not need one.
+    """Delete Ray Train's checkpoint list if it is torn or names missing folders.
+
+    Ray would not start with it, and `resume` does not need it.
 
     Raises:
         StorageError: as `last_whole_checkpoint`, which would not know without the list.
@@ -94,9 +96,9 @@ def remove_wrong_list(folder: Path) -> None:
 
 
 def remove_unlisted(folder: Path) -> None:
-    """Remove checkpoints that Ray will not, which removes those on its list: a kill had cut them or the list short.
+    """Delete checkpoints missing from Ray's list, which Ray never deletes itself.
 
-    The newest whole one stays in any case, and all do where no whole one is on the list: that may be what is wrong.
+    The newest intact one is kept; if no listed one is intact nothing is deleted, because the list may be what is wrong.
     """
     listed = registered_checkpoints(folder) or []
     unlisted = set(folder.glob("checkpoint_*/")) - set(listed)

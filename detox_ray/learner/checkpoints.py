@@ -1,17 +1,18 @@
 """Checkpoints of a learner through Ray Train, and the error a learner leaves for the driver."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import ray.train
+from ray.train import CheckpointUploadMode
 
 from detox_ray.errors import DetoxError, storage_error
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, read_checkpoint, write_checkpoint
-from detox_ray.learner.distributed import on_first_learner, world
+from detox_ray.learner.distributed import is_first_learner, learner_count, on_first_learner
 from detox_ray.metrics_file import FAILURE_FILE, write_atomically
 from detox_ray.policy.policy import Policy
 
@@ -26,14 +27,19 @@ class Learner(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
-def save_checkpoint(learner: Learner, step: int, metrics: dict[str, Any]) -> None:
-    """Save adapter, state and step through Ray Train, on all learners; data and randomness follow from the step."""
-    if world()[0] != 0:
+def save_checkpoint(learner: Learner, step: int, metrics: dict[str, Any], checkpoints: Path) -> None:
+    """Save adapter, state and step for Ray Train, on all learners; data and randomness follow from the step.
+
+    The checkpoint is written where it stays: `checkpoints` is the folder that Ray Train keeps them in.
+    """
+    if not is_first_learner():
         ray.train.report(metrics)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), step, learner.policy.adapter(), learner.state())
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    folder = checkpoints / f"checkpoint_{step}_{uuid4().hex[:8]}"
+    folder.mkdir()
+    write_checkpoint(folder, step, learner.policy.adapter(), learner.state())
+    checkpoint = ray.train.Checkpoint.from_directory(folder)
+    ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
 def resume(learner: Learner, checkpoints: Path) -> int:
@@ -56,8 +62,8 @@ def resume(learner: Learner, checkpoints: Path) -> int:
 def leave_failure(run_dir: Path, work: Callable[[], None]) -> None:
     """Do the work of a learner; an error of ours, or of full storage, is left in the run folder for the driver.
 
-    Ray Train would try again what cannot succeed, but several learners must all stop: one may wait for another. So
-    theirs is raised, and what Ray then starts anew finds it and ends.
+    With one learner the error is not raised again, since Ray Train would retry what cannot succeed. With several it is,
+    because the others may be waiting for this one; the attempt Ray then starts finds the file and returns.
     """
     if on_first_learner((run_dir / FAILURE_FILE).exists):
         return
@@ -71,5 +77,5 @@ def leave_failure(run_dir: Path, work: Callable[[], None]) -> None:
             write_atomically(run_dir / FAILURE_FILE, json.dumps({"type": type(ours).__name__, "message": str(ours)}))
         except OSError:
             raise ours from None
-        if world()[1] > 1:
+        if learner_count() > 1:
             raise ours from None

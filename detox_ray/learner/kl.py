@@ -24,7 +24,7 @@ class KLController:
     coefficient: float
 
     def update(self, kl: float, responses: int) -> None:
-        """Move beta after a step with mean `kl` (nats a response) over `responses` responses."""
+        """Move beta after a step with mean `kl` (nats per response) over `responses` responses."""
         if not self.config.adaptive:
             return
         error = min(max(kl / self.config.target - 1, -0.2), 0.2)

@@ -42,7 +42,7 @@ def policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Tensor:
-    """Half the clipped squared error (Schulman et al. 2017 as in its published code), summed over tokens.
+    """Half the clipped squared error, summed over tokens; not in the paper, but in its authors' code (Baselines' ppo2).
 
     Args:
         values: [B, R] float32 of the value function being trained.
@@ -57,7 +57,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def importance_weights(proximal: Tensor, behaviour: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """[B, R]: min(cap, p_proximal / p_behaviour) at every token, 1 where the engine is the learner's policy.
+    """[B, R]: min(cap, p_proximal / p_behaviour), which is 1 where engine and learner agree; masked entries are 0.
 
     Args:
         proximal: [B, R] float32, log-probabilities by the learner.

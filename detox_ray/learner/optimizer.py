@@ -22,7 +22,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> tor
     return kinds[config.optimizer](groups, **options)
 
 
-def rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """What the learning rates are multiplied by at a step: warm-up, then the schedule."""
     factor = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return factor * (1 - step / total_steps) if config.schedule == "linear" else factor

@@ -1,4 +1,4 @@
-"""One PPO step: score the rollouts, estimate advantages, run epochs of minibatches. Schulman et al. 2017."""
+"""One PPO step: make experience of the rollouts, then run epochs of minibatches. Schulman et al. 2017."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from detox_ray.errors import DivergenceError, SyncError
-from detox_ray.learner.advantages import gae, grpo, rloo, standardise, token_rewards
-from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
+from detox_ray.learner.advantages import gae, grpo, rloo, token_rewards, whiten
+from detox_ray.learner.distributed import learner_count, max_over_learners, seed_step, sum_gradients, sum_over_learners
 from detox_ray.learner.kl import KLController, k1
 from detox_ray.learner.losses import explained_variance, importance_weights, moments, policy_loss, value_loss
-from detox_ray.learner.optimizer import make_optimizer, rate_factor
-from detox_ray.policy.policy import Policy, TokenValues
+from detox_ray.learner.optimizer import make_optimizer, schedule_factor
+from detox_ray.policy.policy import Policy, PolicyOutput
 from detox_ray.policy.sequences import Sequences, collate
 from detox_ray.ppo_config import PPOConfig
 from detox_ray.records import Rollout
@@ -96,23 +96,24 @@ class PPO:
             on_policy: the rollouts come from the policy as it is now, so engine and learner must agree on them.
 
         Returns:
-            Means over the batch of all learners: kl (nats a response), entropy (nats a token), clip_fraction, approx_kl
-            (nats a token), explained_variance, policy_loss, value_loss, logprob_gap_mean and _max (nats), and others.
+            Metrics of `metric_names.TRAINING`, over all learners. policy_loss, value_loss, clip_fraction and grad_norm
+            are means over the optimiser steps; approx_kl is of the last minibatch, before its optimiser step; all
+            others are of the whole batch.
 
         Raises:
             SyncError: the mean log-probability gap of an on-policy batch is above the bound.
-            DivergenceError: a bound of `ppo.divergence` is passed, or the policy computes no numbers; the weights may
+            DivergenceError: a bound of `ppo.divergence` is passed, or a log-probability is not finite; the weights may
                 have changed.
         """
-        torch.manual_seed(self._seed * 1_000_003 + step * 1_009 + world()[0])
+        seed_step(self._seed, step)
         self._set_learning_rate(step)
-        experience, metrics = self._score(rollouts, rewards, on_policy)
+        experience, metrics = self._make_experience(rollouts, rewards, on_policy)
         metrics |= self._train(experience, step)
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        self.kl_controller.update(metrics["kl"], responses=len(rollouts) * world()[1])
+        self.kl_controller.update(metrics["kl"], responses=len(rollouts) * learner_count())
         return metrics
 
-    def _score(
+    def _make_experience(
         self, rollouts: Sequence[Rollout], rewards: np.ndarray, on_policy: bool
     ) -> tuple[Experience, dict[str, float]]:
         """Proximal and reference log-probabilities, values, KL and advantages of a batch."""
@@ -140,7 +141,7 @@ class PPO:
         max_kl = self.config.divergence.max_kl_per_token
         if not kl_sum / tokens <= max_kl:
             raise DivergenceError(
-                f"the policy is {float(kl_sum / tokens):.3g} nats a token from the reference "
+                f"the policy is {float(kl_sum / tokens):.3g} nats per token from the reference "
                 f"(ppo.divergence.max_kl_per_token={max_kl:g})"
             )
         reward = torch.from_numpy(rewards).float().to(self._device)
@@ -162,17 +163,17 @@ class PPO:
         """|behaviour - learner| over the sampled tokens: `logprob_gap_mean` and `logprob_gap_max`, in nats.
 
         Raises:
-            DivergenceError: the policy computes no numbers.
+            DivergenceError: a log-probability by the policy is not finite.
             SyncError: of an on-policy batch the mean is above the bound.
         """
         gap = (current - behaviour).abs()
         gap_sum, tokens, broken = sum_over_learners(gap.sum(), mask.sum(), (~current.isfinite()).sum())
         mean, bound = float(gap_sum / tokens), self._distribution.max_logprob_gap
         if broken > 0:
-            raise DivergenceError(f"{int(broken)} of the policy's {int(tokens)} log-probabilities are no numbers")
+            raise DivergenceError(f"{int(broken)} of the policy's {int(tokens)} log-probabilities are not finite")
         if not math.isfinite(mean) or (on_policy and mean > bound):
             raise SyncError(
-                f"engine and learner differ by {mean:.3g} nats a token on the same policy "
+                f"engine and learner differ by {mean:.3g} nats per token on the same policy "
                 f"(rollout.max_logprob_gap={bound:g}); use rollout.base=dequantized, top_p=1, top_k=0, "
                 "or raise the bound"
             )
@@ -191,7 +192,7 @@ class PPO:
             advantages, returns = torch.where(mask, of_responses, 0.0), torch.where(mask, penalised[:, None], 0.0)
         if config.whiten_advantages:
             sums = sum_over_learners(mask.sum(), advantages[mask].sum(), (advantages[mask] ** 2).sum())
-            advantages = standardise(advantages, mask, *(s.float().to(self._device) for s in sums))
+            advantages = whiten(advantages, mask, *(s.float().to(self._device) for s in sums))
         return advantages, returns
 
     def _train(self, experience: Experience, step: int) -> dict[str, float]:
@@ -223,7 +224,7 @@ class PPO:
 
     def _refuse_explosion(self, policy_loss: float, value_loss: float, norm: float) -> None:
         """Raises:
-        DivergenceError: the gradient is no number, or a loss none or above `ppo.divergence.max_loss`.
+        DivergenceError: the gradient or a loss is not finite, or a loss is above `ppo.divergence.max_loss`.
         """
         bound = self.config.divergence.max_loss
         if not (math.isfinite(norm) and abs(policy_loss) <= bound and value_loss <= bound):
@@ -256,11 +257,11 @@ class PPO:
         return torch.stack([x.detach().float().cpu() for x in (policy.loss, value, policy.clipped, policy.approx_kl)])
 
     @torch.no_grad()
-    def _forward_without_gradient(self, sequences: Sequences, reference: bool) -> TokenValues:
+    def _forward_without_gradient(self, sequences: Sequences, reference: bool) -> PolicyOutput:
         """The whole batch in microbatches of similar length; entropy only for the policy."""
         self.policy.set_dropout(False)
         shape = sequences.response_mask().shape
-        whole = TokenValues(*(torch.zeros(shape, device=self._device) for _ in range(3)))
+        whole = PolicyOutput(*(torch.zeros(shape, device=self._device) for _ in range(3)))
         everything = torch.arange(shape[0], device=self._device)
         parts = self.config.minibatches * self.config.gradient_accumulation
         for index in self._microbatches(sequences, everything, max(1, shape[0] // parts)):
@@ -296,7 +297,7 @@ class PPO:
 
     def _set_learning_rate(self, step: int) -> None:
         config = self.config
-        factor = rate_factor(config, step, self._total_steps) * self.rate_scale
+        factor = schedule_factor(config, step, self._total_steps) * self.rate_scale
         for group, rate in zip(
             self.optimizer.param_groups, (config.learning_rate, config.value_learning_rate), strict=True
         ):

@@ -1,4 +1,4 @@
-"""Back to the last good adapter when a step must be rejected."""
+"""Return to the last good adapter when a step must be rejected."""
 
 import logging
 from collections import Counter
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from detox_ray.errors import DivergenceError, StorageError
 from detox_ray.learner.checkpoint_folder import keep_adapter
-from detox_ray.learner.distributed import world
+from detox_ray.learner.distributed import is_first_learner
 from detox_ray.learner.ppo import PPO
 from detox_ray.metrics_file import ADAPTER_FOLDER, REJECTED_FILE, append_metrics
-from detox_ray.policy.adapter import Adapter, content_digest
+from detox_ray.policy.adapter import Adapter
+from detox_ray.policy.adapter_weights import adapter_of, tensors_of
 from detox_ray.ppo_config import DivergenceConfig
 from detox_ray.records import Canary, Rollout
 
@@ -48,9 +48,8 @@ class Recovery:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the adapter: of the learner as it is, and of its last good state."""
-        good = self._good
-        tensors = {name: torch.from_numpy(tensor) for name, tensor in good.adapter.tensors.items()}
-        return {"now": self._ppo.state(), "good": {"step": good.step, "adapter": tensors, "state": good.state}}
+        good = {"step": self._good.step, "adapter": tensors_of(self._good.adapter), "state": self._good.state}
+        return {"now": self._ppo.state(), "good": good}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state`.
@@ -65,9 +64,7 @@ class Recovery:
             )
         self._ppo.load_state(state["now"])
         good = state["good"]
-        tensors = {name: tensor.numpy() for name, tensor in good["adapter"].items()}
-        config = self._good.adapter.peft_config
-        adapter = Adapter(0, content_digest(config, tensors), config, tensors)
+        adapter = adapter_of(self._good.adapter.peft_config, good["adapter"])
         self._good = LearnerState(good["step"], adapter, good["state"])
 
     def begin_step(self, step: int) -> None:
@@ -92,7 +89,7 @@ class Recovery:
         ppo.load_state(_copied(good.state))
         ppo.rate_scale = factor
         logger.warning("step %d is rejected: %s", step, problem)
-        if world()[0] == 0:
+        if is_first_learner():
             line = {"step": step, "reason": str(problem), "rate_scale": ppo.rate_scale, "stopped": not first}
             append_metrics(self._run_dir / REJECTED_FILE, line)
             if not first:
@@ -133,7 +130,7 @@ def refuse_collapsed(rollouts: Sequence[Rollout], limits: DivergenceConfig) -> N
 
 def refuse_not_finite(canary: Canary) -> None:
     """Raises:
-    DivergenceError: the policy gives log-probabilities that are no numbers.
+    DivergenceError: a log-probability that the policy gives is not finite.
     """
     if not np.isfinite(canary.logprobs).all():
-        raise DivergenceError("the adapter makes log-probabilities that are no numbers")
+        raise DivergenceError("the adapter makes log-probabilities that are not finite")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from detox_ray.errors import DetoxError, StorageError
-from detox_ray.learner.distributed import max_over_learners, sum_gradients, sum_over_learners, world
-from detox_ray.learner.optimizer import make_optimizer, rate_factor
-from detox_ray.policy.adapter import Adapter, content_digest
+from detox_ray.learner.distributed import max_over_learners, seed_step, sum_gradients, sum_over_learners, world
+from detox_ray.learner.optimizer import make_optimizer, schedule_factor
+from detox_ray.policy.adapter import Adapter
+from detox_ray.policy.adapter_weights import adapter_of, tensors_of
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.ppo_config import OptimizerConfig
@@ -23,7 +24,7 @@ WINDOW = 8  # batches that are sorted by length together
 
 @dataclass
 class DevLoss:
-    """The dev losses so far, in nats a response token; `best` came after `best_steps` steps of training."""
+    """The dev losses so far, in nats per response token; `best` came after `best_steps` steps of training."""
 
     first: float
     last: float
@@ -74,10 +75,13 @@ class SFT:
             step: decides learning rate and dropout, so that a resumed run repeats what it would have done.
 
         Returns:
-            loss (nats a response token), grad_norm, learning_rate, and over all learners response_tokens and tokens.
+            loss (nats per response token), grad_norm, learning_rate, and over all learners response_tokens and tokens.
+
+        Raises:
+            DetoxError: the gradient is not finite; the weights are as they were.
         """
-        torch.manual_seed(self._seed * 1_000_003 + step * 1_009 + world()[0])
-        rate = self.config.learning_rate * rate_factor(self.config, step, self._total_steps)
+        seed_step(self._seed, step)
+        rate = self.config.learning_rate * schedule_factor(self.config, step, self._total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.policy.set_dropout(True)
@@ -103,8 +107,8 @@ class SFT:
             "tokens": int(tokens),
         }
 
-    def look(self, dev: Sequence[TokenizedExample], steps: int) -> None:
-        """Record the loss on this learner's share of the dev examples after so many steps; the best adapter is kept."""
+    def evaluate(self, dev: Sequence[TokenizedExample], steps: int) -> None:
+        """Record the loss on this learner's share of the dev examples after `steps` steps; keep the best adapter."""
         loss = self.loss(dev)
         if steps == 0:
             self.dev_loss = DevLoss(loss, loss, loss)
@@ -113,7 +117,7 @@ class SFT:
 
     @torch.no_grad()
     def loss(self, examples: Sequence[TokenizedExample]) -> float:
-        """Nats a response token, over all learners' shares, without dropout."""
+        """Nats per response token, over all learners' shares, without dropout."""
         self.policy.set_dropout(False)
         total = sum(float(loss) for loss in self._losses(examples))
         summed, tokens = sum_over_learners(total, sum(len(e.response_ids) for e in examples))
@@ -135,8 +139,11 @@ class SFT:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the adapter."""
-        best = {name: torch.from_numpy(tensor) for name, tensor in self.best.tensors.items()}
-        return {"optimizer": self.optimizer.state_dict(), "dev_loss": asdict(self.dev_loss), "best": best}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "dev_loss": asdict(self.dev_loss),
+            "best": tensors_of(self.best),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state`; raises StorageError where it is of an earlier version."""
@@ -147,9 +154,7 @@ class SFT:
                 "the checkpoints of this run are of an earlier version, without the best adapter; remove the folder "
                 "checkpoints in it to train from the start"
             )
-        config = self.policy.adapter().peft_config
-        best = {name: tensor.numpy() for name, tensor in state["best"].items()}
-        self.best = Adapter(0, content_digest(config, best), config, best)
+        self.best = adapter_of(self.policy.adapter().peft_config, state["best"])
 
 
 @dataclass(frozen=True)
@@ -166,9 +171,9 @@ class BucketedBatches:
 
     def __call__(self, step: int) -> list[TokenizedExample]:
         """The examples of a step."""
-        number, position = divmod(step, steps_of_a_pass(len(self.examples), self.batch_size))
+        number, position = divmod(step, steps_per_epoch(len(self.examples), self.batch_size))
         shuffled = np.random.default_rng((self.seed, number)).permutation(len(self.examples))
-        edges = np.linspace(0, len(shuffled), steps_of_a_pass(len(shuffled), self.batch_size) + 1).astype(int)
+        edges = np.linspace(0, len(shuffled), steps_per_epoch(len(shuffled), self.batch_size) + 1).astype(int)
         window, place = divmod(position, WINDOW)
         edges = edges[window * WINDOW : (window + 1) * WINDOW + 1]
         drawn = sorted((self.examples[i] for i in shuffled[edges[0] : edges[-1]]), key=len)
@@ -177,8 +182,8 @@ class BucketedBatches:
         return drawn[first:end]
 
 
-def steps_of_a_pass(examples: int, batch_size: int) -> int:
-    """In how many batches every example is learned once."""
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """How many batches hold every example once."""
     return math.ceil(examples / batch_size)
 
 
@@ -198,6 +203,6 @@ def microbatches_by_length(examples: Sequence[TokenizedExample], max_tokens: int
 
 
 def share_of(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """This learner's part of a batch: every n-th by length, so that all learners have about as much to do."""
+    """This learner's part of a batch: every n-th by length, so that the learners' parts take about equally long."""
     rank, learners = world()
     return sorted(examples, key=len)[rank::learners]

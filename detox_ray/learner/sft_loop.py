@@ -12,7 +12,7 @@ from ray.train.torch import get_device
 
 from detox_ray.learner.checkpoint_folder import is_kept, keep_adapter
 from detox_ray.learner.checkpoints import leave_failure, resume, save_checkpoint
-from detox_ray.learner.distributed import world
+from detox_ray.learner.distributed import is_first_learner
 from detox_ray.learner.sft import SFT, BucketedBatches, share_of
 from detox_ray.metrics_file import (
     CHECKPOINT_FOLDER,
@@ -56,9 +56,9 @@ def _tune(task: TuningTask) -> None:
     dev = share_of(task.dev)
     step = resume(sft, run_dir / CHECKPOINT_FOLDER)
     if step == 0:
-        sft.look(dev, steps=0)
+        sft.evaluate(dev, steps=0)
     _keep_best(sft, run_dir)
-    tracker = open_tracker(config, run_dir, step) if world()[0] == 0 else None
+    tracker = open_tracker(config, run_dir, step) if is_first_learner() else None
     if tracker is not None:
         cut_metrics(run_dir / METRICS_FILE, step)
 
@@ -71,7 +71,7 @@ def _tune(task: TuningTask) -> None:
         step += 1
         is_look = step == task.total_steps or step % train.evaluate_every == 0
         if is_look:
-            sft.look(dev, step)
+            sft.evaluate(dev, step)
             _keep_best(sft, run_dir)
             line |= {"dev_loss": sft.dev_loss.last, "time_dev_s": time.perf_counter() - learned}
         line["ended_at"] = time.time()
@@ -79,7 +79,7 @@ def _tune(task: TuningTask) -> None:
             append_metrics(run_dir / METRICS_FILE, line)
             tracker.log(line)
         if is_look:
-            save_checkpoint(sft, step - 1, line)
+            save_checkpoint(sft, step - 1, line, run_dir / CHECKPOINT_FOLDER)
     if tracker is not None:
         tracker.close()
         found = sft.dev_loss
@@ -101,5 +101,5 @@ def _is_patience_over(sft: SFT, patience: int | None) -> bool:
 
 def _keep_best(sft: SFT, run_dir: Path) -> None:
     """Make the best adapter so far the run's, if it is not, or not whole."""
-    if world()[0] == 0 and not is_kept(sft.best, run_dir):
+    if is_first_learner() and not is_kept(sft.best, run_dir):
         keep_adapter(sft.best, run_dir, sft.dev_loss.best_steps)

@@ -15,7 +15,7 @@ from detox_ray.config import Config
 from detox_ray.errors import DivergenceError
 from detox_ray.learner.checkpoint_folder import is_kept, keep_adapter
 from detox_ray.learner.checkpoints import leave_failure, resume, save_checkpoint
-from detox_ray.learner.distributed import on_first_learner, world
+from detox_ray.learner.distributed import is_first_learner, on_first_learner, world
 from detox_ray.learner.ppo import PPO, SamplingDistribution
 from detox_ray.learner.recovery import Recovery, refuse_collapsed, refuse_not_finite
 from detox_ray.metrics_file import (
@@ -82,8 +82,9 @@ def _train(task: LearnerTask) -> None:
     last_step = config.train.total_steps - 1
     on_first_learner(stream.connect)
     publish(task, policy)
-    tracker = open_tracker(config, run_dir, first_step) if world()[0] == 0 else None
-    if world()[0] == 0:
+    is_first = is_first_learner()
+    tracker = open_tracker(config, run_dir, first_step) if is_first else None
+    if is_first:
         cut_metrics(run_dir / METRICS_FILE, first_step)
         cut_metrics(run_dir / EVALUATIONS_FILE, first_step)
         cut_metrics(run_dir / REJECTED_FILE, first_step)
@@ -100,11 +101,11 @@ def _train(task: LearnerTask) -> None:
             append_metrics(run_dir / METRICS_FILE, line)
             tracker.log(line)
         if is_kept_step:
-            if world()[0] == 0:
+            if is_first:
                 keep_adapter(policy.adapter(), run_dir, step + 1)
-            save_checkpoint(recovery, step, line)
+            save_checkpoint(recovery, step, line, run_dir / CHECKPOINT_FOLDER)
     on_first_learner(stream.verify)
-    if world()[0] == 0 and not is_kept(policy.adapter(), run_dir):
+    if is_first and not is_kept(policy.adapter(), run_dir):
         keep_adapter(policy.adapter(), run_dir, last_step + 1)
     if tracker is not None:
         append_evaluations(task, tracker, until=config.train.total_steps)
@@ -154,7 +155,7 @@ def healthy_step(task: LearnerTask, ppo: PPO, recovery: Recovery, step: int) -> 
 
 
 def one_step(task: LearnerTask, ppo: PPO, step: int, started: float) -> dict[str, float]:
-    """A batch in, an adapter out; what there is to say of both. The step was `started` then by `time.perf_counter`.
+    """Receive a batch, update, publish; returns the step's metrics. `started`: `time.perf_counter()` at its start.
 
     Raises:
         DivergenceError: the batch, the update or the adapter is not good; nothing was published.
@@ -193,9 +194,8 @@ def publish(task: LearnerTask, policy: Policy) -> int:
     """Send the adapter to the rollout workers; its version.
 
     Raises:
-        DivergenceError: what the policy says is no number.
+        DivergenceError: a log-probability that the policy gives is not finite.
     """
-
     canary = policy.canary(task.canary_length)  # on every learner: those of a sharded base compute together
     refuse_not_finite(canary)
     return on_first_learner(lambda: task.stream.publish(policy.adapter, canary))

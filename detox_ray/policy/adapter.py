@@ -55,6 +55,7 @@ def save_adapter(adapter: Adapter, folder: Path, notes: Mapping[str, str] | None
     for name, text in {CONFIG_FILE: config, **(notes or {})}.items():
         (scratch / name).write_text(text, encoding="utf-8")
     if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # of a killed process of this number
         os.replace(folder, replaced)
     os.replace(scratch, folder)
     shutil.rmtree(replaced, ignore_errors=True)

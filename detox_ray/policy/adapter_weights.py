@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from detox_ray.errors import ModelError
@@ -18,14 +19,24 @@ from detox_ray.policy.adapter import Adapter, content_digest
 def read_weights(model: PeftModel, version: int) -> Adapter:
     """The active adapter of a PEFT model, copied to the CPU."""
     state = get_peft_model_state_dict(model)
-    tensors = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in state.items()}
     config = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in model.peft_config[model.active_adapter].to_dict().items()
     }
     config["inference_mode"] = True
     config = json.loads(json.dumps(config, default=str))
-    return Adapter(version, content_digest(config, tensors), config, tensors)
+    return adapter_of(config, state, version)
+
+
+def adapter_of(peft_config: dict[str, Any], tensors: Mapping[str, Tensor], version: int = 0) -> Adapter:
+    """The adapter of these weights, copied to the CPU."""
+    arrays = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in tensors.items()}
+    return Adapter(version, content_digest(peft_config, arrays), peft_config, arrays)
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """A copy of the adapter's weights."""
+    return {name: torch.from_numpy(np.array(array)) for name, array in adapter.tensors.items()}
 
 
 def check_fits(model: PeftModel, adapter: Adapter) -> None:
@@ -59,7 +70,7 @@ def write_weights(model: PeftModel, adapter: Adapter) -> None:
         ModelError: as `check_fits`.
     """
     check_fits(model, adapter)
-    set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(t)) for name, t in adapter.tensors.items()})
+    set_peft_model_state_dict(model, tensors_of(adapter))
 
 
 def put_adapters(base: PreTrainedModel, adapters: Mapping[str, Path]) -> Any:

@@ -24,10 +24,10 @@ def adapter_task(model_config: Any) -> str:
 
 
 def response_states(model: Any, sequences: Sequences) -> Tensor:
-    """[B, R, H]: the trunk's last hidden state where each response token is predicted; anything behind a response.
+    """[B, R, H]: the trunk's last hidden state where each response token is predicted.
 
-    A decoder-only model reads prompt and response in one. Of an encoder-decoder the encoder reads the prompt, and the
-    decoder its start token and the response.
+    Entries past a response's end are undefined. A decoder-only model reads prompt and response in one; of an
+    encoder-decoder the encoder reads the prompt, and the decoder its start token and the response.
     """
     if model.config.is_encoder_decoder:
         prompts, is_prompt = sequences.prompts()
@@ -53,7 +53,7 @@ def language_model_head(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def response_logits(model: Any, sequences: Sequences) -> Tensor:
-    """[B, R, V]: the logits of each response token, as the model itself makes them; anything behind a response."""
+    """[B, R, V]: each response token's logits by the model itself; entries past a response's end are undefined."""
     if model.config.is_encoder_decoder:
         prompts, is_prompt = sequences.prompts()
         decoder_ids = sequences.decoder_ids(model.config.decoder_start_token_id)

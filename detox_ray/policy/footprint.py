@@ -59,7 +59,7 @@ class Skeleton:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def skeleton(policy: PolicyConfig, dtype: torch.dtype) -> Skeleton:
+def load_skeleton(policy: PolicyConfig, dtype: torch.dtype) -> Skeleton:
     """The policy's shape.
 
     Raises:

@@ -6,7 +6,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -17,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ModelError
 from detox_ray.policy.adapter import Adapter, load_adapter
-from detox_ray.policy.adapter_weights import check_fits, read_weights, write_weights
+from detox_ray.policy.adapter_weights import check_fits, read_weights, tensors_of, write_weights
 from detox_ray.policy.architecture import (
     adapter_task,
     language_model_class,
@@ -37,8 +36,8 @@ TRAINED, REFERENCE = "default", "reference"  # the names PEFT knows the adapters
 
 
 @dataclass(frozen=True)
-class TokenValues:
-    """What the module says of the response tokens, all [B, R] float32, zero where there is no token."""
+class PolicyOutput:
+    """What the policy gives for each response token: [B, R] float32 each, zero where there is no token."""
 
     logprobs: Tensor
     values: Tensor
@@ -102,7 +101,7 @@ class Policy(nn.Module):
         suppressed: Tensor | None = None,
         entropy: Literal["none", "value", "gradient"] = "none",
         reference: bool = False,
-    ) -> TokenValues:
+    ) -> PolicyOutput:
         """Log-probability, value and entropy at every response token.
 
         Args:
@@ -110,7 +109,7 @@ class Policy(nn.Module):
             temperature: of the distribution, as in sampling.
             suppressed: [S] int64, tokens that were not allowed in sampling.
             entropy: see `token_logprobs`.
-            reference: of the reference policy (the values are then its trunk's, of no use).
+            reference: use the reference policy; `values` are then meaningless.
         """
         with self._as_reference() if reference else nullcontext():
             base = self.model.get_base_model()
@@ -127,7 +126,7 @@ class Policy(nn.Module):
                 one_chunk=self._chunk_logprobs,
             )
             flat_values = self.value_head(predictors.float())[:, 0]
-        return TokenValues(*(_unflatten(flat, mask) for flat in (flat_logprobs, flat_values, flat_entropy)))
+        return PolicyOutput(*(_unflatten(flat, mask) for flat in (flat_logprobs, flat_values, flat_entropy)))
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -238,8 +237,7 @@ def _require_targets(base: PreTrainedModel, targets: str | list[str]) -> None:
 def add_frozen_adapter(model: PeftModel, adapter: Adapter, name: str) -> None:
     """Attach a second adapter of the active one's shape, under a name, which no training changes."""
     model.add_adapter(name, copy.deepcopy(model.peft_config[TRAINED]))
-    tensors = {key: torch.from_numpy(np.array(tensor)) for key, tensor in adapter.tensors.items()}
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    set_peft_model_state_dict(model, tensors_of(adapter), adapter_name=name)
     _compute_as_base(model)
     model.set_adapter(TRAINED)
 

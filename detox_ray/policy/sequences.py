@@ -13,7 +13,7 @@ class Sequences:
     """A batch of prompt + response, padded on the right.
 
     `input_ids: [B, T] int64`, `prompt_lengths: [B] int64` (>= 1), `response_lengths: [B] int64`. Right padding needs no
-    attention mask in a causal model: no real token ever sees a token behind it.
+    attention mask in a causal model: no token ever sees one after it.
     """
 
     input_ids: Tensor
@@ -32,7 +32,7 @@ class Sequences:
         return (self.prompt_lengths[:, None] - 1 + offsets).clamp(max=self.input_ids.shape[1] - 1)
 
     def response_ids(self) -> Tensor:
-        """[B, R] int64: the response tokens; anything where `response_mask` is false."""
+        """[B, R] int64: the response tokens; undefined where `response_mask` is false."""
         following = (self.predictor_positions() + 1).clamp(max=self.input_ids.shape[1] - 1)
         return self.input_ids.gather(1, following)
 

@@ -68,12 +68,12 @@ def token_logprobs(
         return empty, empty
 
     size = max(1, max_logits // vocabulary_size(head, hidden))
-    law = (temperature, suppressed, entropy)
+    options = (temperature, suppressed, entropy)
     if hidden.shape[0] <= size:
-        return one_chunk(hidden, head, targets, *law)
+        return one_chunk(hidden, head, targets, *options)
     parts = []
     for start in range(0, hidden.shape[0], size):
-        chunk = (hidden[start : start + size], head, targets[start : start + size], *law)
+        chunk = (hidden[start : start + size], head, targets[start : start + size], *options)
         if torch.is_grad_enabled() and hidden.requires_grad:
             parts.append(checkpoint(one_chunk, *chunk, use_reentrant=False))
         else:

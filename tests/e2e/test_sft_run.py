@@ -55,12 +55,12 @@ def undisturbed(config: SFTConfig) -> tuple[list[float], SFT]:
     batches = BucketedBatches(examples.train, config.train.batch_size, config.seed)
     policy = Policy(config.policy, torch.device("cpu"), config.seed)
     sft = SFT(policy, config.train, config.train.microbatch_tokens, int(tokenizer.pad_token_id), STEPS, config.seed)
-    sft.look(examples.dev, 0)
+    sft.evaluate(examples.dev, 0)
     losses: list[float] = []
     for step in range(STEPS):
         losses.append(sft.update(batches(step), step)["loss"])
         if (step + 1) % EVERY == 0:
-            sft.look(examples.dev, step + 1)
+            sft.evaluate(examples.dev, step + 1)
     return losses, sft
 
 

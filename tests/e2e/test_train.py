@@ -127,14 +127,11 @@ def test_steps_that_were_run_again_came_out_the_same(killed: Continued) -> None:
         assert not differ, f"step {old['step']}: {differ}"
 
 
-def test_every_line_of_metrics_has_what_a_user_looks_for(killed: Continued) -> None:
+def test_every_line_of_metrics_has_what_is_declared(killed: Continued) -> None:
     lines = [json.loads(line) for line in (killed.folder / "metrics.jsonl").read_text().splitlines()]
-    expected = {"reward", "reward_raw", "kl", "entropy", "clip_fraction", "approx_kl", "explained_variance", "toxicity"}
-    expected |= {"logprob_gap_mean", "logprob_gap_max", "response_length", "tokens_per_s", "disagreement"}
-    expected |= {"time_rollout_s", "time_reward_s", "time_learn_s", "time_push_s", "reward/lab-linear"}
     for line in lines:
-        assert expected <= line.keys()
-        assert {name for name in line if "/" not in name} <= TRAINING.keys()
+        assert {name for name in line if "/" not in name} == TRAINING.keys()
+        assert "reward/lab-linear" in line
         assert {name.partition("/")[0] for name in line if "/" in name} <= FAMILIES.keys()
         assert line["logprob_gap_max"] < 1e-3
         assert all(value == value for value in line.values())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detox_ray.learner.advantages import gae, grpo, rloo, standardise, token_rewards
+from detox_ray.learner.advantages import gae, grpo, rloo, token_rewards, whiten
 
 pytestmark = pytest.mark.unit
 
@@ -70,7 +70,7 @@ def test_grpo_standardises_within_the_prompt() -> None:
 def test_standardised_advantages_have_mean_0_and_variance_1_over_tokens() -> None:
     advantages, _, mask = random_batch(3)
     tokens = advantages[mask]
-    result = standardise(advantages, mask, mask.sum().float(), tokens.sum(), (tokens**2).sum())
+    result = whiten(advantages, mask, mask.sum().float(), tokens.sum(), (tokens**2).sum())
     assert result[mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert result[mask].var(unbiased=False).item() == pytest.approx(1, abs=1e-4)
     assert (result[~mask] == 0).all()

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from detox_ray.learner.checkpoint_folder import (
     remove_wrong_list,
     write_checkpoint,
 )
-from detox_ray.learner.checkpoints import leave_failure
+from detox_ray.learner.checkpoints import leave_failure, save_checkpoint
 from detox_ray.policy.adapter import Adapter, content_digest, load_adapter
 from detox_ray.run_folder import RunFolder
 
@@ -144,6 +147,14 @@ def test_a_changed_adapter_is_noticed(tmp_path: Path) -> None:
         load_adapter(tmp_path / "adapter")
 
 
+def test_what_a_killed_process_of_the_same_number_was_replacing_is_no_obstacle(tmp_path: Path) -> None:
+    keep_adapter(adapter_of(1), tmp_path, steps=1)
+    (tmp_path / f"adapter.{os.getpid()}.old" / "adapter").mkdir(parents=True)
+    keep_adapter(adapter_of(2), tmp_path, steps=2)
+    assert is_kept(adapter_of(2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "learner.pt").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
@@ -153,6 +164,22 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     assert "\n" not in str(problem)
     assert not (tmp_path / "manifest.json").exists()
     assert storage_error(OSError(errno.ENOENT, "gone")) is None
+
+
+def test_a_checkpoint_is_written_nowhere_but_into_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[str] = []
+    monkeypatch.setattr("ray.train.report", lambda metrics, checkpoint, **_: reported.append(checkpoint.path))
+    monkeypatch.setattr("tempfile.tempdir", "/dev/null")
+    learner: Any = SimpleNamespace(policy=SimpleNamespace(adapter=lambda: adapter_of(7)), state=lambda: {"step": 7})
+    for _ in range(2):
+        save_checkpoint(learner, 7, {}, tmp_path)
+    assert sorted(Path(path) for path in reported) == sorted(tmp_path.iterdir())
+    assert len(reported) == 2  # that of a step which is run again does not replace the one before
+    step, folder = last_whole_checkpoint(tmp_path) or (None, tmp_path)
+    assert step == 7
+    assert read_checkpoint(folder)[1] == {"step": 7}
 
 
 def test_a_failure_that_is_known_is_not_met_again(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from detox_ray.records import Rollout
 
 pytestmark = pytest.mark.unit
 DISTRIBUTION = SamplingDistribution(temperature=1.0, suppressed=(), samples_per_prompt=2, max_logprob_gap=1e-3)
+ONE_OPTIMISER_STEP: dict[str, Any] = {"epochs": 1, "minibatches": 1}
+REWARD_ALONE: dict[str, Any] = {"kl": KLConfig(coefficient=0.0), "whiten_advantages": False}
 
 
 def learner(
@@ -92,18 +94,18 @@ def test_an_engine_that_is_another_policy_is_refused(tiny_model: str) -> None:
     rollouts = rollouts_of(ppo)
     for rollout in rollouts:
         rollout.logprobs[:] += 0.01
-    with pytest.raises(SyncError, match=r"0\.01 nats a token.*max_logprob_gap"):
+    with pytest.raises(SyncError, match=r"0\.01 nats per token.*max_logprob_gap"):
         ppo.update(rollouts, rewards_of(), 0, on_policy=True)
     metrics = ppo.update(rollouts, rewards_of(), 0, on_policy=False)
     assert metrics["importance_mean"] == pytest.approx(math.exp(-0.01), rel=1e-4)
 
 
-def test_a_policy_that_computes_no_numbers_is_to_be_rolled_back(tiny_model: str) -> None:
+def test_a_policy_whose_log_probabilities_are_not_finite_is_to_be_rolled_back(tiny_model: str) -> None:
     ppo = learner(tiny_model)
     rollouts = rollouts_of(ppo)
     with torch.no_grad():
         ppo.policy.adapter_parameters()[0][0, 0] = torch.nan
-    with pytest.raises(DivergenceError, match="log-probabilities are no numbers"):
+    with pytest.raises(DivergenceError, match="log-probabilities are not finite"):
         ppo.update(rollouts, rewards_of(), 0, on_policy=True)
 
 
@@ -185,13 +187,89 @@ def test_bitsandbytes_optimisers_step(tiny_model: str, optimizer: str) -> None:
     assert math.isfinite(metrics["policy_loss"])
 
 
-def test_learning_rate_warms_up_and_falls(tiny_model: str) -> None:
-    ppo = learner(tiny_model, warmup_steps=2, schedule="linear", learning_rate=1e-3)
-    rates = []
-    for step in (0, 1, 5):
-        ppo._set_learning_rate(step)
-        rates.append(ppo.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.5e-3, 0.9e-3, 0.5e-3])
+def test_learning_rates_warm_up_and_fall(tiny_model: str) -> None:
+    ppo = learner(
+        tiny_model,
+        warmup_steps=2,
+        schedule="linear",
+        learning_rate=1e-3,
+        value_learning_rate=5e-3,
+        **ONE_OPTIMISER_STEP,
+    )
+    rollouts = rollouts_of(ppo)
+    for step, factor in ((0, 0.5), (1, 0.9), (5, 0.5)):
+        metrics = ppo.update(rollouts, rewards_of(), step, on_policy=False)
+        assert metrics["learning_rate"] == pytest.approx(1e-3 * factor)
+        assert [group["lr"] for group in ppo.optimizer.param_groups] == pytest.approx([1e-3 * factor, 5e-3 * factor])
+        if step == 0:  # by which Adam's first step moves every number
+            assert abs(ppo.policy.value_head.bias.item()) == pytest.approx(5e-3 * factor, rel=1e-3)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0])
+def test_the_entropy_bonus_raises_the_entropy_and_without_it_there_is_nothing_to_learn(
+    tiny_model: str, coefficient: float
+) -> None:
+    ppo = learner(tiny_model, entropy_coefficient=coefficient, **REWARD_ALONE)
+    rollouts, before = rollouts_of(ppo), ppo.policy.adapter().digest
+    entropies = [ppo.update(rollouts, np.zeros(8), step, on_policy=False)["entropy"] for step in range(3)]
+    assert (ppo.policy.adapter().digest != before) == (coefficient > 0)
+    rises = np.diff(entropies) > 1e-4
+    assert rises.all() if coefficient > 0 else not rises.any()
+
+
+def test_weight_decay_shrinks_an_adapter_that_has_nothing_to_learn(tiny_model: str) -> None:
+    ppo = learner(tiny_model, weight_decay=0.5, learning_rate=0.1, **REWARD_ALONE, **ONE_OPTIMISER_STEP)
+    before = ppo.policy.adapter().tensors
+    ppo.update(rollouts_of(ppo), np.zeros(8), 0, on_policy=True)
+    after = ppo.policy.adapter().tensors
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name] * (1 - 0.1 * 0.5), rtol=1e-5)
+
+
+def returns_of(rollouts: list[Rollout], gamma: float, gae_lambda: float) -> np.ndarray:
+    """Those of all tokens while every value is 0: nothing but the last token's reward, discounted."""
+    discounts = [(gamma * gae_lambda) ** np.arange(len(r.response_ids))[::-1] for r in rollouts]
+    return np.concatenate([reward * discount for reward, discount in zip(rewards_of(), discounts, strict=True)])
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_the_policy_loss_before_the_first_optimiser_step_is_minus_the_mean_advantage(
+    tiny_model: str, whiten: bool
+) -> None:
+    options = {**REWARD_ALONE, "whiten_advantages": whiten}
+    ppo = learner(tiny_model, gamma=0.9, gae_lambda=0.8, **options, **ONE_OPTIMISER_STEP)
+    rollouts = rollouts_of(ppo)
+    metrics = ppo.update(rollouts, rewards_of(), 0, on_policy=True)
+    expected = 0.0 if whiten else -returns_of(rollouts, 0.9, 0.8).mean()
+    assert metrics["policy_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.1, 0.5])
+def test_the_value_coefficient_weighs_the_gradient_of_the_value_loss(tiny_model: str, coefficient: float) -> None:
+    ppo = learner(tiny_model, value_coefficient=coefficient, max_grad_norm=1e9, **REWARD_ALONE, **ONE_OPTIMISER_STEP)
+    rollouts = rollouts_of(ppo)
+    ppo.update(rollouts, rewards_of(), 0, on_policy=True)
+    bias = ppo.policy.value_head.bias
+    assert bias.grad is not None
+    assert bias.grad.item() == pytest.approx(-coefficient * returns_of(rollouts, 1.0, 0.95).mean(), abs=1e-6)
+    assert (ppo.policy.value_head.weight != 0).any() == (coefficient > 0)
+
+
+@pytest.mark.parametrize("clip_range", [0.01, 10.0])
+def test_the_value_loss_is_of_values_that_move_at_most_by_the_clip_range(tiny_model: str, clip_range: float) -> None:
+    options = {**REWARD_ALONE, "value_clip_range": clip_range, "value_learning_rate": 0.1, "minibatches": 1}
+    once, twice = (learner(tiny_model, epochs=epochs, **options) for epochs in (1, 2))
+    rollouts = rollouts_of(once)
+    once.update(rollouts, rewards_of(), 0, on_policy=True)
+    sequences = collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], 1)
+    with torch.no_grad():
+        values = once.policy(sequences).values[sequences.response_mask()].numpy()
+    assert np.abs(values).max() > 0.05
+    returns = returns_of(rollouts, 1.0, 0.95)
+    clipped = np.clip(values, -clip_range, clip_range)  # they were 0
+    errors = [returns**2, np.maximum((values - returns) ** 2, (clipped - returns) ** 2)]
+    metrics = twice.update(rollouts, rewards_of(), 0, on_policy=True)
+    assert metrics["value_loss"] == pytest.approx(np.mean(errors) / 2, rel=1e-4)
 
 
 def test_minibatches_grouped_by_length_hold_every_row_once_an_epoch_in_the_same_order_on_all_learners(

@@ -190,7 +190,9 @@ def test_a_policy_far_from_the_reference_is_rejected(tiny_model: str, tmp_path: 
         Rollout(str(i), "", prompt, np.array([likely]), np.array([max(answers)], np.float32), str(i), "stop", 0)
         for i in range(8)
     ]
-    with pytest.raises(DivergenceError, match=r"nats a token from the reference \(ppo.divergence.max_kl_per_token=0.5"):
+    with pytest.raises(
+        DivergenceError, match=r"nats per token from the reference \(ppo.divergence.max_kl_per_token=0.5"
+    ):
         ppo.update(rollouts, np.zeros(8, np.float32), 0, on_policy=True)
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig
-from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, microbatches_by_length, steps_of_a_pass
+from detox_ray.learner.sft import SFT, WINDOW, BucketedBatches, DevLoss, microbatches_by_length, steps_per_epoch
 from detox_ray.learner.sft_loop import _keep_best
 from detox_ray.policy.adapter import load_adapter, save_adapter
 from detox_ray.policy.policy import Policy
@@ -116,29 +116,29 @@ def test_a_learner_restored_from_its_state_continues_as_if_nothing_had_happened(
     tiny_model: str, tmp_path: Path
 ) -> None:
     first, second = learner(tiny_model, dropout=0.1), learner(tiny_model, dropout=0.1)
-    first.look(examples(), 0)
+    first.evaluate(examples(), 0)
     first.update(examples(), 0)
-    first.look(examples(), 1)
+    first.evaluate(examples(), 1)
     second.policy.load(first.policy.adapter(0))
     torch.save(first.state(), tmp_path / "learner.pt")
     second.load_state(torch.load(tmp_path / "learner.pt", weights_only=True))
     for sft in (first, second):
         sft.update(examples(seed=3), 1)
-        sft.look(examples(), 2)
+        sft.evaluate(examples(), 2)
     assert first.policy.adapter(1).digest == second.policy.adapter(1).digest
     assert first.dev_loss == second.dev_loss
 
 
 def test_the_best_adapter_comes_back_where_the_runs_was_lost(tiny_model: str, tmp_path: Path) -> None:
     first, second = learner(tiny_model), learner(tiny_model)
-    first.look(examples(), 0)
+    first.evaluate(examples(), 0)
     torch.save(first.state(), tmp_path / "learner.pt")
     untrained = first.policy.adapter()
     first.update(examples(), 0)
     second.load_state(torch.load(tmp_path / "learner.pt", weights_only=True))
     second.policy.load(first.policy.adapter())
     second._negative_logprob = lambda examples: torch.tensor(1e6)  # no later look is better
-    second.look(examples(), 1)
+    second.evaluate(examples(), 1)
     _keep_best(second, tmp_path)
     assert load_adapter(tmp_path / "adapter").digest == untrained.digest != second.policy.adapter().digest
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
@@ -177,7 +177,7 @@ def test_batches_hold_every_example_once_a_pass_and_are_of_similar_length() -> N
 def test_every_pass_has_every_example_once_whatever_their_number(size: int) -> None:
     pool = examples(size)
     batches = BucketedBatches(pool, 32, seed=0)
-    steps = steps_of_a_pass(size, 32)
+    steps = steps_per_epoch(size, 32)
     for first in (0, steps):
         one_pass = [batches(step) for step in range(first, first + steps)]
         assert sorted(id(e) for batch in one_pass for e in batch) == sorted(map(id, pool))

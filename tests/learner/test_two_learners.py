@@ -15,7 +15,7 @@ from two_learners import choose_port, join_learners, tune, update
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.learner.distributed import on_first_learner
 from detox_ray.learner_config import TrainConfig
-from detox_ray.policy.footprint import sharded_weight_bytes, skeleton, weight_bytes
+from detox_ray.policy.footprint import load_skeleton, sharded_weight_bytes, weight_bytes
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 from detox_ray.policy.sharding import transformer_blocks
@@ -52,6 +52,24 @@ def held_bytes(policy: Policy) -> tuple[int, int]:
     return sum(w.nbytes for w in own), sum(w.numel() * w.element_size() for w in weights)
 
 
+def class_of_an_engine() -> type[Exception]:
+    """A class that is made on the way, as Ray's are, and can be found under no name."""
+    return type("RayTaskError(ValueError)", (ValueError,), {})
+
+
+def raised_on_first_learner(kind: type[Exception]) -> tuple[str, str]:
+    """Type and message of what a learner gets to see of such an error."""
+
+    def fail() -> None:
+        raise kind("Traceback\n  somewhere\nthe engine is lost")
+
+    try:
+        on_first_learner(fail)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
 def learner(rank: int, models: dict[str, str], tiny_model: str, folder: str) -> None:
     join_learners(rank, folder)
     rows = slice(rank * 4, rank * 4 + 4)
@@ -70,11 +88,7 @@ def learner(rank: int, models: dict[str, str], tiny_model: str, folder: str) -> 
             )
             whole, sharded = look(Policy(config, CPU)), Policy(config, CPU, shard_base=True)
             found["policies"][f"{family} {quantization}"] = (whole, look(sharded), held_bytes(sharded))
-    try:
-        on_first_learner(lambda: 1 / 0)
-        found["raised"] = False
-    except ZeroDivisionError:
-        found["raised"] = True
+    found["raised"] = [raised_on_first_learner(make) for make in (ZeroDivisionError, class_of_an_engine())]
     torch.save(found, Path(folder, f"{rank}.pt"))
     torch.distributed.destroy_process_group()
 
@@ -93,7 +107,6 @@ def test_two_learners_are_one(tiny_model: str, learners: list[dict[str, Any]]) -
     expected_metrics, expected_tensors = update(tiny_model, slice(0, 8))
     expected_tuned_metrics, expected_tuned_tensors = tune(tiny_model)
     for found in learners:
-        assert found["raised"]
         (metrics, tensors), (tuned_metrics, tuned_tensors) = found["PPO"][0], found["fine-tuning"][0]
         for name in COMPARED:
             assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-3, abs=1e-6), name
@@ -102,6 +115,14 @@ def test_two_learners_are_one(tiny_model: str, learners: list[dict[str, Any]]) -
         assert tuned_metrics == pytest.approx(expected_tuned_metrics, rel=1e-4)
         for name, tensor in expected_tuned_tensors.items():
             assert np.abs(tuned_tensors[name] - tensor).max() < 1e-5, name
+
+
+def test_an_error_on_the_first_learner_is_raised_on_all(learners: list[dict[str, Any]]) -> None:
+    for found in learners:
+        assert found["raised"] == [
+            ("ZeroDivisionError", "Traceback\n  somewhere\nthe engine is lost"),
+            ("RuntimeError", "RayTaskError(ValueError): the engine is lost"),
+        ]
 
 
 def test_a_sharded_base_is_the_whole_one(learners: list[dict[str, Any]]) -> None:
@@ -122,7 +143,7 @@ def test_a_sharded_base_is_the_whole_one(learners: list[dict[str, Any]]) -> None
 
 def test_the_plan_says_what_a_learner_holds(tiny_model: str) -> None:
     config = PolicyConfig(model=tiny_model, quantization="none", lora=LoraConfig(rank=4))
-    shape = skeleton(config, torch.float32)
+    shape = load_skeleton(config, torch.float32)
     blocks = transformer_blocks(shape.base)
     of_a_block = sum(4 * p.numel() for p in blocks[0].parameters() if not p.requires_grad)
     expected = weight_bytes(shape, "none") - len(blocks) * of_a_block / 2 + of_a_block

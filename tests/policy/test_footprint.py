@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from detox_ray.config import LoraConfig, PolicyConfig
 from detox_ray.policy.architecture import response_states
-from detox_ray.policy.footprint import activation_bytes, cache_bytes_per_token, skeleton, weight_bytes
+from detox_ray.policy.footprint import activation_bytes, cache_bytes_per_token, load_skeleton, weight_bytes
 from detox_ray.policy.policy import Policy
 from detox_ray.policy.sequences import collate
 
@@ -82,7 +82,7 @@ def saved(config: Any, folder: Path) -> PolicyConfig:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_of_the_published_models(name: str, tmp_path: Path) -> None:
     make, parameters = PUBLISHED[name]
-    shape = skeleton(saved(make(), tmp_path), torch.bfloat16)
+    shape = load_skeleton(saved(make(), tmp_path), torch.bfloat16)
     assert shape.base_parameters() == parameters
     assert weight_bytes(shape, "none") == 2 * parameters
     assert activation_bytes(shape, 2, 16, 16, True) < activation_bytes(shape, 2, 16, 16, False)
@@ -91,8 +91,8 @@ def test_parameters_are_those_of_the_published_models(name: str, tmp_path: Path)
 def test_keys_and_values_of_a_token(tmp_path: Path) -> None:
     # Layers x (keys, values) x heads x head size x 2 bytes; Falcon's queries share one head.
     falcon, llama = (PUBLISHED[name][0]() for name in ("falcon-7b", "Llama-3.2-1B"))
-    assert cache_bytes_per_token(skeleton(saved(falcon, tmp_path / "a"), torch.bfloat16)) == 32 * 2 * 64 * 2
-    assert cache_bytes_per_token(skeleton(saved(llama, tmp_path / "b"), torch.bfloat16)) == 16 * 2 * 8 * 64 * 2
+    assert cache_bytes_per_token(load_skeleton(saved(falcon, tmp_path / "a"), torch.bfloat16)) == 32 * 2 * 64 * 2
+    assert cache_bytes_per_token(load_skeleton(saved(llama, tmp_path / "b"), torch.bfloat16)) == 16 * 2 * 8 * 64 * 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,14 +102,14 @@ def test_activations_are_what_a_real_pass_keeps(family: str, tmp_path: Path) -> 
     AutoModelForCausalLM.from_config(model_config).save_pretrained(tmp_path)
     config = PolicyConfig(model=str(tmp_path), quantization="none", lora=LoraConfig(rank=4))
     # What differs is the attention mask, which some models make otherwise without numbers.
-    assert activation_bytes(skeleton(config, torch.float32), 4, 20, 20, False) == pytest.approx(
+    assert activation_bytes(load_skeleton(config, torch.float32), 4, 20, 20, False) == pytest.approx(
         kept_by_a_pass(config, 20, 20), rel=0.15
     )
 
 
 def test_activations_of_an_encoder_decoder_are_those_of_both_its_halves(tiny_t5: str) -> None:
     config = PolicyConfig(model=tiny_t5, quantization="none", lora=LoraConfig(rank=4))
-    shape = skeleton(config, torch.float32)
+    shape = load_skeleton(config, torch.float32)
     for prompt, response in ((40, 10), (10, 40)):
         real = kept_by_a_pass(config, prompt, response)
         assert activation_bytes(shape, 4, prompt, response, False) == pytest.approx(real, rel=0.15)
@@ -149,6 +149,6 @@ def test_weights_are_those_of_a_loaded_model(
             real += parameter.untyped_storage().nbytes()
             if (state := getattr(parameter, "quant_state", None)) is not None:
                 real += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
-    expected = weight_bytes(skeleton(config, torch.float32), quantization, double)
+    expected = weight_bytes(load_skeleton(config, torch.float32), quantization, double)
     # Second-level scales of a tiny layer are a whole number of blocks.
     assert expected == pytest.approx(real, rel=0.01)
