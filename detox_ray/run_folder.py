@@ -290,11 +290,12 @@ def check_usable(path: Path) -> None:
             f"output_dir: {path} is in the job's copy of its working directory, which Ray deletes; take one on "
             "storage that every node mounts at the same path, such as output_dir=/shared/runs"
         )
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"output_dir: {there} is no folder that can be written; choose another")
-    if is_in_use(path):
-        raise ConfigError(f"{path} is in use by another process; wait, or choose another name=...")
+    with _refused_unless_writable(path):
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ConfigError(f"output_dir: {there} is no folder that can be written; choose another")
+        if is_in_use(path):
+            raise ConfigError(f"{path} is in use by another process; wait, or choose another name=...")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
