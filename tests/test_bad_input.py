@@ -151,6 +151,10 @@ def test_a_ray_address_that_does_not_answer(refused: Refused) -> None:
     assert "does not answer" in refused(f"ray.address=127.0.0.1:{port}")
 
 
+def test_a_service_at_an_address_that_is_none(refused_line: Refused) -> None:
+    assert "ray.address=nonsense does not answer (" in refused_line("serve", "ray.address=nonsense")
+
+
 def test_prompts_that_do_not_fit_the_model(refused: Refused) -> None:
     assert "512 positions" in refused("data.max_tokens=600")
 
