@@ -15,7 +15,7 @@ import psutil
 
 from detox_ray.config import RayConfig
 from detox_ray.errors import ConfigError, first_line
-from detox_ray.placement import Capacity, Placement, shortage
+from detox_ray.placement import Capacity, RoleResources, shortage
 from detox_ray.terminal import Terminal
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -225,7 +225,7 @@ def check_nodes_see(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def announce_shortage(needed: Sequence[Placement], terminal: Terminal) -> None:
+def announce_shortage(needed: Sequence[RoleResources], terminal: Terminal) -> None:
     """Say what the run has to wait for because others on the cluster hold it, if there is such."""
     import ray
 

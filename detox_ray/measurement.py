@@ -35,7 +35,7 @@ from detox_ray.policy.adapter import load_adapter
 from detox_ray.policy.load import load_tokenizer
 from detox_ray.policy.policy import CANARY_LENGTH, canary_of
 from detox_ray.records import Prompt
-from detox_ray.reservation import Room, reserved
+from detox_ray.reservation import Reservation, reserve
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import WorkerPool
@@ -99,9 +99,9 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
 
 
 @contextmanager
-def rollout_workers(engine: EngineSpec, rollout: RolloutConfig, room: Room) -> Iterator[list[Any]]:
+def rollout_workers(engine: EngineSpec, rollout: RolloutConfig, reservation: Reservation) -> Iterator[list[Any]]:
     """The rollout actors, whose engines go on starting while other things start."""
-    workers = start_workers(engine, rollout, room.places(rollout_placement(rollout)))
+    workers = start_workers(engine, rollout, reservation.strategies(rollout_placement(rollout)))
     try:
         yield workers
     finally:
@@ -277,8 +277,8 @@ def _answers_on(base: Base, config: MeterConfig, folder: RunFolder, terminal: Te
     assert policy is not None
     engine = with_dequantized_base(base.engine, policy, config.rollout, folder, _device(config.rollout))
     with (
-        reserved([rollout_placement(config.rollout)], terminal.stage) as room,
-        rollout_workers(engine, config.rollout, room) as workers,
+        reserve([rollout_placement(config.rollout)], terminal.stage) as reservation,
+        rollout_workers(engine, config.rollout, reservation) as workers,
     ):
         pool = WorkerPool(workers, config.rollout, canary_tolerance(policy, config.rollout, engine))
         pool.connect()
