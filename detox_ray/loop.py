@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from detox_ray.learner.train_loop import LearnerTask, train_loop
 from detox_ray.measurement import answer, judge_and_report, rollout_workers
 from detox_ray.meter_config import meter_of_run
 from detox_ray.placement import check_placements, learner_placement, placements, rollout_placement
-from detox_ray.plan import Plan, prepare
+from detox_ray.plan import Plan, canary_tolerance, prepare, with_dequantized_base
 from detox_ray.policy.adapter import is_whole
 from detox_ray.reservation import Reservation, reserve
 from detox_ray.rewards.classifiers import score_texts
@@ -64,7 +65,8 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
     placed = [learner_placement(plan.config.train), rollout_placement(plan.config.rollout)]
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs) as ray_stays:
         announce_shortage(needed, terminal)
-        plan = plan.with_dequantized_base()
+        parts = plan.config.policy, plan.config.rollout, plan.run, plan.learner_device
+        plan = replace(plan, engine=with_dequantized_base(plan.engine, *parts))
         terminal.stage("starting rollout workers and reward classifiers")
         with (
             reserve(placed, terminal.stage) as reservation,
@@ -147,7 +149,8 @@ def score(config: Config, texts: Sequence[str]) -> list[dict[str, float]]:
 
 def worker_pool(plan: Plan, workers: list[Any]) -> WorkerPool:
     """The workers, once every engine has started."""
-    pool = WorkerPool(workers, plan.config.rollout, plan.canary_tolerance)
+    tolerance = canary_tolerance(plan.config.policy, plan.config.rollout, plan.engine)
+    pool = WorkerPool(workers, plan.config.rollout, tolerance)
     pool.connect()
     return pool
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from detox_ray.cluster import announce_shortage, local_capacity, ray_session, starts_own_ray
 from detox_ray.config import PolicyConfig, RolloutConfig
+from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError
@@ -30,7 +31,7 @@ from detox_ray.evaluation.sampled_file import SampledFile
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.meter_config import MeterConfig, SystemConfig, meter_config
 from detox_ray.placement import check_placements, rollout_placement
-from detox_ray.plan import canary_tolerance, plan_engine, with_dequantized_base, with_lab
+from detox_ray.plan import canary_tolerance, plan_engine, with_dequantized_base
 from detox_ray.policy.adapter import load_adapter
 from detox_ray.policy.load import load_tokenizer
 from detox_ray.policy.policy import CANARY_LENGTH, canary_of

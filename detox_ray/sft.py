@@ -10,13 +10,13 @@ from typing import Any
 
 from detox_ray.cluster import announce_shortage, local_capacity, ray_session, starts_own_ray
 from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
+from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by, write_learned
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.learner.sft import steps_of_a_pass
 from detox_ray.learner.sft_loop import TuningTask, sft_loop
 from detox_ray.metrics_file import DEV_PROMPTS_FILE, FINE_TUNING_FILE, write_atomically
 from detox_ray.placement import check_placements, learner_placement
-from detox_ray.plan import with_lab
 from detox_ray.policy.adapter import is_whole
 from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
