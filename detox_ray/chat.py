@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from detox_ray.config import Config, RolloutConfig
+from detox_ray.data.lab import with_lab
 from detox_ray.data.templates import DialogueTemplate
 from detox_ray.errors import ConfigError
-from detox_ray.plan import with_lab
 from detox_ray.playground import systems_of
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import psutil
 
 from detox_ray.config import RayConfig
 from detox_ray.errors import ConfigError, first_line
-from detox_ray.placement import Capacity, Placement, shortage
+from detox_ray.placement import Capacity, RoleResources, shortage
 from detox_ray.terminal import Terminal
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -80,6 +81,30 @@ def started_here() -> bool:
     return worker._global_node is not None and worker._global_node.is_head()
 
 
+def connect(config: RayConfig) -> None:
+    """Connect to the cluster, or start a local Ray where there is none; the caller's own, if it has one, is kept.
+
+    Raises:
+        ConfigError: the address does not answer, or Ray there is another version or refuses this process.
+    """
+    import ray
+
+    for name in ("ray", "ray.serve", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return
+    check_cluster_answers(config)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if (address := cluster_address(config)) is None:
+        local = quiet | {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        ray.init(address="local", num_cpus=config.num_cpus, **local)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(_refusal(address, f"{error}\n{error.__cause__ or ''}")) from None
+
+
 @contextmanager
 def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path) -> Iterator[bool]:
     """Ray for the length of a run; a local one is shut down at the end, a cluster is left running.
@@ -90,39 +115,22 @@ def ray_session(config: RayConfig, check: Callable[[Capacity], None], logs: Path
     of the Ray session, where everything the workers print goes.
 
     Raises:
-        ConfigError: the address does not answer, Ray there is another version, has less than the run needs, or has
-            nodes that do not see the run's folder.
+        ConfigError: as `connect`, or Ray there has less than the run needs, or nodes that do not see the run's folder.
         NodeDiedError: Ray's, see `interrupted_without_node`.
     """
     import ray
 
-    for name in ("ray", "ray.serve", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    check_cluster_answers(config)
-    address = cluster_address(config)
-    if ray.is_initialized():
-        # The caller's own Ray, say a notebook's: use it and leave it.
+    theirs = ray.is_initialized()  # the caller's, say a notebook's: use it and leave it
+    if starts_own_ray(config):
+        check(local_capacity(config))
+        # Ray Train would ask, in a process of its own, whether the only node is about to be taken away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    connect(config)
+    if theirs:
         check_capacity(config, check)
         check_nodes_see(logs.parent)
         yield not started_here()
         return
-    if address is None:
-        check(local_capacity(config))
-        # Ray Train would ask, in a process of its own, whether the only node is about to be taken away.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(
-            address="local",
-            num_cpus=config.num_cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    else:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(_refusal(address, f"{error}\n{error.__cause__ or ''}")) from None
     try:
         check_capacity(config, check)
         check_nodes_see(logs.parent)
@@ -217,7 +225,7 @@ def check_nodes_see(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def announce_shortage(needed: Sequence[Placement], terminal: Terminal) -> None:
+def announce_shortage(needed: Sequence[RoleResources], terminal: Terminal) -> None:
     """Say what the run has to wait for because others on the cluster hold it, if there is such."""
     import ray
 

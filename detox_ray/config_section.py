@@ -7,6 +7,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from detox_ray.errors import ConfigError
+
 LAB_PREFIX = "lab:"
 FOLDER_NAME = r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"  # not only dots
 
@@ -52,7 +54,15 @@ S = TypeVar("S", bound=Section)
 
 
 def absolute_path(path: str | None) -> Any:
-    """A path that exists, absolute; anything else (a hub id, an import path) as it is."""
-    if path is None or not Path(path).expanduser().exists():
-        return path
-    return str(Path(path).expanduser().resolve())
+    """A path that exists, absolute; anything else (a hub id, an import path) as it is.
+
+    Raises:
+        ConfigError: nothing can be there: the name is too long, its user unknown, or its folder closed to this one.
+    """
+    if path is None:
+        return None
+    try:
+        there = Path(path).expanduser()
+        return str(there.resolve()) if there.exists() else path
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path!r} cannot be read ({getattr(error, 'strerror', error)}); give another") from None

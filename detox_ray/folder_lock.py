@@ -1,6 +1,8 @@
 """A folder is one process's at a time, on the machine that has it, for as long as that process lives."""
 
 import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,14 @@ def release(folder: Path) -> None:
     """Let other processes have the folder."""
     if (file := _held.pop(folder / LOCK_FILE, None)) is not None:
         file.close()
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file for the block, once whoever holds it lets go; it ends with the process, too."""
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def is_in_use(folder: Path) -> bool:

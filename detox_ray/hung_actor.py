@@ -23,8 +23,8 @@ def kill_when_hung(
 ) -> None:
     """Kill an asyncio actor that does not answer for `timeout_s`; returns once that happened, or `ended` is set.
 
-    With `restart_s` Ray starts it anew, which may take so long, as may the start it is in, and it is watched on. While
-    `may_wait()` is true its silence does not count.
+    With `restart_s` Ray restarts the actor, which may take that long (so may the start in progress), and watching
+    continues. Silence does not count while `may_wait()`.
     """
     answer, asked = actor.__ray_ready__.remote(), time.monotonic() + (restart_s or 0.0)
     while not ended.wait(POLL_S):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,9 @@ from detox_ray.learner.train_loop import LearnerTask, train_loop
 from detox_ray.measurement import answer, judge_and_report, rollout_workers
 from detox_ray.meter_config import meter_of_run
 from detox_ray.placement import check_placements, learner_placement, placements, rollout_placement
-from detox_ray.plan import Plan, prepare
+from detox_ray.plan import Plan, canary_tolerance, prepare, with_dequantized_base
 from detox_ray.policy.adapter import is_whole
-from detox_ray.reservation import Room, reserved
+from detox_ray.reservation import Reservation, reserve
 from detox_ray.rewards.classifiers import score_texts
 from detox_ray.rewards.ensemble import with_calibrations
 from detox_ray.rollout.pool import WorkerPool
@@ -55,7 +56,7 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
 
 
 def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
-    """What `train` does with a run that fits together; nothing if it is complete."""
+    """Run a checked plan; if it is already complete, return its stored evaluation."""
     if (finished := plan.run.read_evaluation(plan.config.train.total_steps)) is not None and is_whole(plan.run.adapter):
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
@@ -64,11 +65,12 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
     placed = [learner_placement(plan.config.train), rollout_placement(plan.config.rollout)]
     with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs) as ray_stays:
         announce_shortage(needed, terminal)
-        plan = plan.with_dequantized_base()
+        parts = plan.config.policy, plan.config.rollout, plan.run, plan.learner_device
+        plan = replace(plan, engine=with_dequantized_base(plan.engine, *parts))
         terminal.stage("starting rollout workers and reward classifiers")
         with (
-            reserved(placed, terminal.stage) as room,
-            rollout_workers(plan.engine, plan.config.rollout, room) as workers,
+            reserve(placed, terminal.stage) as reservation,
+            rollout_workers(plan.engine, plan.config.rollout, reservation) as workers,
             reward_app(plan, guarded=ray_stays),
         ):
             pool = worker_pool(plan, workers)
@@ -79,7 +81,7 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
             stream = rollout_stream(plan, pool, calibrated_reward(pool, plan))
             terminal.stage(f"training for {plan.config.train.total_steps} steps")
             with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
-                fit(plan, stream, room)
+                fit(plan, stream, reservation)
             keep_worker_tasks(plan.run, plan.app_name)
             terminal.stage("verifying the saved adapter on the workers")
             pool.connect()
@@ -89,7 +91,7 @@ def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
     return evaluation
 
 
-def fit(plan: Plan, stream: RolloutStream, room: Room) -> None:
+def fit(plan: Plan, stream: RolloutStream, reservation: Reservation) -> None:
     """Run the learner under Ray Train until the last step.
 
     Raises:
@@ -99,7 +101,7 @@ def fit(plan: Plan, stream: RolloutStream, room: Room) -> None:
     task = LearnerTask(
         plan.config, str(plan.run.path), stream, plan.engine.end_ids, plan.engine.pad_id, plan.canary_length
     )
-    run_learners(train_loop, task, plan.config.train, plan.run, room)
+    run_learners(train_loop, task, plan.config.train, plan.run, reservation)
 
 
 @contextmanager
@@ -147,7 +149,8 @@ def score(config: Config, texts: Sequence[str]) -> list[dict[str, float]]:
 
 def worker_pool(plan: Plan, workers: list[Any]) -> WorkerPool:
     """The workers, once every engine has started."""
-    pool = WorkerPool(workers, plan.config.rollout, plan.canary_tolerance)
+    tolerance = canary_tolerance(plan.config.policy, plan.config.rollout, plan.engine)
+    pool = WorkerPool(workers, plan.config.rollout, tolerance)
     pool.connect()
     return pool
 

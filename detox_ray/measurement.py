@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from detox_ray.cluster import announce_shortage, local_capacity, ray_session, starts_own_ray
 from detox_ray.config import PolicyConfig, RolloutConfig
+from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError
@@ -30,12 +31,12 @@ from detox_ray.evaluation.sampled_file import SampledFile
 from detox_ray.evaluation.summary import evaluation_table
 from detox_ray.meter_config import MeterConfig, SystemConfig, meter_config
 from detox_ray.placement import check_placements, rollout_placement
-from detox_ray.plan import canary_tolerance, plan_engine, with_dequantized_base, with_lab
+from detox_ray.plan import canary_tolerance, plan_engine, with_dequantized_base
 from detox_ray.policy.adapter import load_adapter
 from detox_ray.policy.load import load_tokenizer
 from detox_ray.policy.policy import CANARY_LENGTH, canary_of
 from detox_ray.records import Prompt
-from detox_ray.reservation import Room, reserved
+from detox_ray.reservation import Reservation, reserve
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rollout.engine import EngineSpec
 from detox_ray.rollout.pool import WorkerPool
@@ -99,9 +100,9 @@ def evaluate(target: str | Path | MeterConfig, overrides: Sequence[str] = (), qu
 
 
 @contextmanager
-def rollout_workers(engine: EngineSpec, rollout: RolloutConfig, room: Room) -> Iterator[list[Any]]:
+def rollout_workers(engine: EngineSpec, rollout: RolloutConfig, reservation: Reservation) -> Iterator[list[Any]]:
     """The rollout actors, whose engines go on starting while other things start."""
-    workers = start_workers(engine, rollout, room.places(rollout_placement(rollout)))
+    workers = start_workers(engine, rollout, reservation.strategies(rollout_placement(rollout)))
     try:
         yield workers
     finally:
@@ -277,8 +278,8 @@ def _answers_on(base: Base, config: MeterConfig, folder: RunFolder, terminal: Te
     assert policy is not None
     engine = with_dequantized_base(base.engine, policy, config.rollout, folder, _device(config.rollout))
     with (
-        reserved([rollout_placement(config.rollout)], terminal.stage) as room,
-        rollout_workers(engine, config.rollout, room) as workers,
+        reserve([rollout_placement(config.rollout)], terminal.stage) as reservation,
+        rollout_workers(engine, config.rollout, reservation) as workers,
     ):
         pool = WorkerPool(workers, config.rollout, canary_tolerance(policy, config.rollout, engine))
         pool.connect()

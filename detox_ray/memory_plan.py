@@ -31,6 +31,9 @@ GIB = 2**30
 # Bytes a trained number has beside itself: its gradient, and the two moments of the optimiser.
 GRADIENT_BYTES = 4
 MOMENT_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+# What a learner copies to main memory of a trained number and its moments: the state before a step and the last good
+# one; while a checkpoint is written, the last good one and the two in the file.
+COPIES = 3
 # Interpreter and libraries of a process in main memory (measured on CPUs), and a CUDA context with the allocator's
 # slack on a GPU (assumed).
 PROCESS_BYTES = {"learner": 0.7 * GIB, "vllm": 0.75 * GIB, "transformers": 0.6 * GIB, "classifier": 0.4 * GIB}
@@ -42,14 +45,14 @@ KEPT_BETWEEN_TURNS = {"learner": ("weights", "trained", "process"), "rollout wor
 # Less than this is not worth a change of settings.
 SMALLEST_SAVING = 0.05 * GIB
 COLUMNS = ("weights", "trained", "batch", "cache", "process")
-TITLE = "GiB of one process (trained: adapter, gradient, moments; batch: what one pass keeps; main: in main memory)"
+TITLE = "GiB of one process (trained: adapter, gradient, moments, copies; batch: what a pass keeps; main: main memory)"
 
 
 @dataclass(frozen=True)
 class Role:
-    """A kind of process: how many, on which device and how much of it, and bytes by purpose of one of them there.
+    """A kind of process: how many, GPUs of each, and bytes by purpose on its device.
 
-    `host`: what one that is on a GPU has in main memory beside them.
+    `host`: main memory of one that is on a GPU.
     """
 
     name: str
@@ -106,6 +109,9 @@ def plan_memory(config: Config) -> MemoryPlan:
     batch = _activations(config, shape, config.policy.gradient_checkpointing)
     roles = [learner_role(config.policy, config.train, config.ppo, shape, batch), _rollout_worker(config, shape)]
     roles += [_classifier(classifier) for classifier in config.reward.classifiers]
+    if config.evaluation.every > 0:
+        judge = config.evaluation.judge.model_copy(update={"num_gpus": 0.0, "replicas": 1})
+        roles.append(replace(_classifier(judge), name=f"judge {judge.name}"))
     note = f"{shape.base_parameters():,} parameters, {shape.adapter_parameters():,} trained; {_held(config, shape)}"
     plan = MemoryPlan(roles, _remedies(config, shape, batch), note, config.rollout.in_turns)
     if plan.in_turns:
@@ -169,17 +175,19 @@ def learner_role(
     """The learners; `batch` is what one pass keeps, in bytes."""
     trained = shape.adapter_parameters()
     process, host = _process("learner", learner.num_gpus)
+    moments = MOMENT_BYTES[optimizer.optimizer]
+    copies = COPIES * trained * (4.0 + moments)
     if learner.shard_base:
         weights = sharded_weight_bytes(shape, policy.quantization, policy.double_quantization, learner.workers)
     else:
         weights = weight_bytes(shape, policy.quantization, policy.double_quantization)
     purposes = {
         "weights": weights + (dequantization_bytes(shape) if policy.quantization == "nf4" else 0),
-        "trained": trained * (4 + GRADIENT_BYTES + MOMENT_BYTES[optimizer.optimizer]),
+        "trained": trained * (4 + GRADIENT_BYTES + moments) + (0.0 if learner.num_gpus > 0 else copies),
         "batch": batch,
         "process": process,
     }
-    return Role("learner", learner.workers, learner.num_gpus, purposes, host)
+    return Role("learner", learner.workers, learner.num_gpus, purposes, host + copies)
 
 
 def _process(kind: str, gpus: float) -> tuple[float, float]:
@@ -240,7 +248,7 @@ def _longest(config: Config) -> int:
 def _classifier(classifier: ClassifierConfig) -> Role:
     process, host = _process("classifier", classifier.num_gpus)
     purposes = {"process": process}
-    if classifier.kind == "transformers":
+    if classifier.kind in ("transformers", "evaluate"):
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(load_classifier_config(classifier))
         config = model.config

@@ -21,8 +21,8 @@ PROVED_IMPOSSIBLE = 2  # a status of scipy's milp
 
 
 @dataclass(frozen=True)
-class Placement:
-    """The workers of one role: `each` is what one of them takes on its node, by Ray resource."""
+class RoleResources:
+    """What the workers of one role take: `each` is what one of them takes on its node, by Ray resource."""
 
     role: str
     section: str  # of the configuration, where these numbers stand
@@ -42,26 +42,32 @@ class Capacity:
         return sum(node.get(resource, 0) for node in self.nodes)
 
 
-def placements(config: Config) -> list[Placement]:
+def placements(config: Config) -> list[RoleResources]:
     """The roles of a training run."""
     return [
         rollout_placement(config.rollout),
         learner_placement(config.train),
-        *(_classifier_placement(classifier, i) for i, classifier in enumerate(config.reward.classifiers)),
+        *(classifier_placement(classifier, i) for i, classifier in enumerate(config.reward.classifiers)),
     ]
 
 
-def rollout_placement(rollout: RolloutConfig) -> Placement:
+def rollout_placement(rollout: RolloutConfig) -> RoleResources:
     """The rollout workers, which a run and an evaluation have."""
-    return Placement("rollout worker", "rollout", rollout.workers, _each(rollout))
+    return RoleResources("rollout worker", "rollout", rollout.workers, _each(rollout))
 
 
-def learner_placement(train: LearnerConfig) -> Placement:
+def learner_placement(train: LearnerConfig) -> RoleResources:
     """The learners, which a run and a fine-tuning have."""
-    return Placement("learner", "train", train.workers, _each(train))
+    return RoleResources("learner", "train", train.workers, _each(train))
 
 
-def check_placements(needed: Sequence[Placement], capacity: Capacity) -> None:
+def classifier_placement(classifier: ClassifierConfig, index: int) -> RoleResources:
+    """The replicas of the reward's classifier at this index."""
+    section = f"reward.classifiers.{index}"
+    return RoleResources(f"classifier {classifier.name}", section, classifier.replicas, _each(classifier))
+
+
+def check_placements(needed: Sequence[RoleResources], capacity: Capacity) -> None:
     """Refuse what would wait for ever.
 
     Raises:
@@ -92,7 +98,7 @@ def check_placements(needed: Sequence[Placement], capacity: Capacity) -> None:
         )
 
 
-def have_room_together(needed: Sequence[Placement], nodes: Sequence[Resources]) -> bool:
+def have_room_together(needed: Sequence[RoleResources], nodes: Sequence[Resources]) -> bool:
     """Whether each worker can be given a node so that no node is full; yes, where that is not found out in time.
 
     An integer program over how many workers of role p node n takes. A role's fractions of GPUs are of one GPU each; of
@@ -117,7 +123,7 @@ def have_room_together(needed: Sequence[Placement], nodes: Sequence[Resources]) 
     return found.status != PROVED_IMPOSSIBLE
 
 
-def shortage(needed: Sequence[Placement], free: Resources) -> str | None:
+def shortage(needed: Sequence[RoleResources], free: Resources) -> str | None:
     """What is not free of what is needed, in words; None: nothing."""
     missing = [
         f"{amount:g} {resource} ({max(0.0, free.get(resource, 0)):g} free)"
@@ -127,7 +133,7 @@ def shortage(needed: Sequence[Placement], free: Resources) -> str | None:
     return f"waiting until this cluster has {', '.join(missing)}" if missing else None
 
 
-def waiting_line(roles: Sequence[Placement]) -> str:
+def waiting_line(roles: Sequence[RoleResources]) -> str:
     """What to say while no nodes have room for all workers of these roles."""
     listed = " and ".join(f"{p.count} x {p.role} with {_amounts(p.each)}" for p in roles if p.each)
     sections = " and ".join(p.section for p in roles if p.each)
@@ -137,7 +143,7 @@ def waiting_line(roles: Sequence[Placement]) -> str:
     )
 
 
-def total_needed(needed: Iterable[Placement]) -> Resources:
+def total_needed(needed: Iterable[RoleResources]) -> Resources:
     """Of all workers of all roles, by resource."""
     total: Resources = {}
     for placement in needed:
@@ -146,7 +152,7 @@ def total_needed(needed: Iterable[Placement]) -> Resources:
     return total
 
 
-def placement_table(needed: Sequence[Placement]) -> Table:
+def placement_table(needed: Sequence[RoleResources]) -> Table:
     """What Ray is asked for: a row a role, a column a resource."""
     total = total_needed(needed)
     table = Table(title="Ray resources of one worker", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -158,11 +164,6 @@ def placement_table(needed: Sequence[Placement]) -> Table:
         table.add_row(f"{placement.count} x {placement.role}", *amounts)
     table.add_row("together", *(f"{amount:g}" for amount in total.values()))
     return table
-
-
-def _classifier_placement(classifier: ClassifierConfig, index: int) -> Placement:
-    section = f"reward.classifiers.{index}"
-    return Placement(f"classifier {classifier.name}", section, classifier.replicas, _each(classifier))
 
 
 def _each(config: RolloutConfig | LearnerConfig | ClassifierConfig) -> Resources:
@@ -188,7 +189,7 @@ def _amount(resource: str, amount: float) -> str:
     return f"{amount:g} {resource}s" if resource in ("CPU", "GPU") else f"{amount:g} of {resource!r}"
 
 
-def _settings(takers: Sequence[Placement], resource: str) -> str:
+def _settings(takers: Sequence[RoleResources], resource: str) -> str:
     counts = [f"{p.section}.{'replicas' if 'classifiers' in p.section else 'workers'}" for p in takers if p.count > 1]
     key = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(resource, f"resources.{resource}")
     return ", ".join([*counts, *(f"{p.section}.{key}" for p in takers)])

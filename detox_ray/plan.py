@@ -9,8 +9,7 @@ import torch
 
 from detox_ray.cluster import check_cluster_answers, local_capacity, starts_own_ray
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
-from detox_ray.config_section import S
-from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
+from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import is_known, learned_by, write_learned
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
@@ -47,16 +46,6 @@ class Plan:
     def canary_length(self) -> int:
         """Longest canary sequence, in tokens."""
         return min(CANARY_LENGTH, self.engine.max_length - 1)
-
-    @property
-    def canary_tolerance(self) -> float:
-        """Largest difference between a worker's and the learner's log-probabilities after a push, in nats."""
-        return canary_tolerance(self.config.policy, self.config.rollout, self.engine)
-
-    def with_dequantized_base(self) -> "Plan":
-        """The same with the base that the engines start from written, where that is the dequantised one."""
-        parts = self.config.policy, self.config.rollout, self.run, self.learner_device
-        return replace(self, engine=with_dequantized_base(self.engine, *parts))
 
 
 @contextmanager
@@ -103,16 +92,8 @@ def prepare(config: Config, terminal: Terminal) -> Iterator[Plan]:
         yield Plan(config, run, prompts, engine, device)
 
 
-def with_lab(config: S, terminal: Terminal) -> S:
-    """The configuration with the lab's paths; the lab is built under a progress bar when it is needed and absent."""
-    if not uses_lab(config) or lab_folder().is_dir():
-        return resolve_lab(config)
-    with terminal.bar("building the offline lab", total=1) as progress:
-        return resolve_lab(config, lambda _, share: progress(share))
-
-
 def canary_tolerance(policy: PolicyConfig, rollout: RolloutConfig, engine: EngineSpec) -> float:
-    """See `Plan.canary_tolerance`."""
+    """Largest difference between a worker's and the learner's log-probabilities after a push, in nats."""
     if rollout.canary_tolerance is not None:
         return rollout.canary_tolerance
     if policy.quantization != "none" and rollout.base != "dequantized":

@@ -13,11 +13,11 @@ import httpx
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config import Config, RewardConfig
 from detox_ray.config_file import parse_section
+from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError, DetoxError
 from detox_ray.evaluation.run_files import published_name
-from detox_ray.plan import with_lab
 from detox_ray.policy.load import load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
 from detox_ray.records import Prompt

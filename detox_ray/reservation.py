@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from detox_ray.placement import Placement, waiting_line
+from detox_ray.placement import RoleResources, waiting_line
 
 SAID_AFTER_S = 15.0
 POLL_S = 1.0  # Ray's own waiting does not see Ctrl-C
@@ -20,16 +20,16 @@ NODE_LOST = (
 
 
 @dataclass(frozen=True)
-class Room:
+class Reservation:
     """A placement group with a bundle for each worker of `roles`, one role after the other.
 
     Workers that take nothing have no bundle, and there is no group where no worker has one.
     """
 
-    roles: Sequence[Placement]
+    roles: Sequence[RoleResources]
     group: PlacementGroup | None
 
-    def places(self, role: Placement) -> list[PlacementGroupSchedulingStrategy | str]:
+    def strategies(self, role: RoleResources) -> list[PlacementGroupSchedulingStrategy | str]:
         """Ray's scheduling strategy of each worker of a role."""
         if self.group is None or not role.each:
             return ["DEFAULT"] * role.count
@@ -39,17 +39,17 @@ class Room:
 
 
 @contextmanager
-def reserved(
-    roles: Sequence[Placement], say: Callable[[str], None], said_after_s: float = SAID_AFTER_S
-) -> Iterator[Room]:
+def reserve(
+    roles: Sequence[RoleResources], say: Callable[[str], None], said_after_s: float = SAID_AFTER_S
+) -> Iterator[Reservation]:
     """Room for the workers of all roles, as long as the block runs.
 
-    Ray gives all of them their room or none, so that of two runs neither holds what the other waits for. Waits without
-    end, as others end and nodes are added, and has it said; so does a run that has lost a node.
+    Ray gives all of them their room or none, so that of two runs neither holds what the other waits for. Waits
+    indefinitely for jobs to end or nodes to join, and reports it; likewise after a node is lost.
     """
     bundles = [placement.each for placement in roles if placement.each for _ in range(placement.count)]
     if not bundles:
-        yield Room(roles, None)
+        yield Reservation(roles, None)
         return
     # A name is for one group of a Ray namespace, which a notebook may have given to several runs.
     group = placement_group(bundles, name=f"detox_ray {uuid.uuid4().hex}")
@@ -59,7 +59,7 @@ def reserved(
     try:
         while not group.wait(POLL_S):
             pass
-        yield Room(roles, group)
+        yield Reservation(roles, group)
     finally:
         ended.set()
         remove_placement_group(group)

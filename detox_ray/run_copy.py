@@ -35,6 +35,7 @@ FETCHING_FILE = ".fetching"  # in a run folder into which a copy is being fetche
 LEFT_OUT = re.compile(
     r"(^|/)(\.lock|ray-logs|dequantized_base-[^/]*|[^/]+\.\d+\.(tmp|old)|in_use\.json|\.fetching)(/|$)"
 )
+PART = re.compile(r"part\.\d+\.tmp")  # what a process is copying a file to
 INTERRUPT = signal.SIGUSR1  # not SIGINT, which a command in the background of a script ignores
 
 
@@ -45,9 +46,13 @@ class TakenOverError(StorageError):
 class RunCopy:
     """The copy of one run folder at `storage/name`."""
 
-    def __init__(self, storage: str, name: str) -> None:
-        """Raises:
-        ConfigError: `storage` is no address of a file system that can be opened here, or holds a key.
+    def __init__(
+        self, storage: str, name: str, host: str | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        """For a process on `host`, which is this one unless it is given.
+
+        Raises:
+            ConfigError: `storage` is no address of a file system that can be opened here, or holds a key.
         """
         if re.match(r"[^/]+://[^/@]*:[^/@]*@", storage):
             raise ConfigError(
@@ -57,7 +62,10 @@ class RunCopy:
         self.address = f"{storage.rstrip('/')}/{name}"
         self._files, root = _file_system(storage)
         self._root = f"{root.rstrip('/')}/{name}"
-        self._lease = {"owner": uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self._clock = clock
+        owner = str(uuid4().int)  # in digits, as `LEFT_OUT` has them in the name of `_part`
+        self._lease = {"owner": owner, "host": host or socket.gethostname(), "pid": os.getpid()}
+        self._part = f"part.{owner}.tmp"
         self._renewed_at = 0.0
         self._saved: dict[str, tuple[int, int] | None] | None = None
         self._folders: set[str] = set()
@@ -80,10 +88,13 @@ class RunCopy:
                     f"{here}; remove {folder} to go on from the copy, or choose another name=..."
                 )
             self._lease["folder"] = str(folder)
-            self._write_lease(time.time())
+            self._write_lease(self._clock())
             if there > here:
                 self._fetch(folder)
             self._refuse_taken_over()
+            for name in self._found():
+                if PART.fullmatch(name):
+                    self._delete(name)  # left by who was killed, or is too late to move it into place
         except (ConfigError, TakenOverError):
             raise
         except Exception as error:  # fsspec's file systems raise errors of their own
@@ -115,7 +126,7 @@ class RunCopy:
         """
         try:
             self._refuse_taken_over()
-            self._write_lease(time.time())
+            self._write_lease(self._clock())
             if self._saved is None:
                 self._saved = dict.fromkeys(self._listed(), None)
             present = _files_of(folder)
@@ -124,7 +135,7 @@ class RunCopy:
                     self._saved[name] = saved
             for name in self._saved.keys() - set(present):
                 self._keep_lease()
-                self._files.delete_file(f"{self._root}/{name}")
+                self._delete(name)
                 del self._saved[name]
         except TakenOverError:
             raise
@@ -148,14 +159,13 @@ class RunCopy:
             now = (found.st_size, found.st_mtime_ns)
             if now != saved:
                 self._keep_lease()
-                part = f"part.{os.getpid()}.tmp"
-                with (folder / name).open("rb") as source, self._output(part) as target:
+                with (folder / name).open("rb") as source, self._output(self._part) as target:
                     while chunk := source.read(CHUNK_BYTES):
                         target.write(chunk)
                         self._keep_lease()
                 # Not before: who noticed in the middle that the copy was taken over must leave the file as it is.
                 self._make_parent(name)
-                self._files.move(f"{self._root}/{part}", f"{self._root}/{name}")
+                self._files.move(f"{self._root}/{self._part}", f"{self._root}/{name}")
         except FileNotFoundError:
             return saved  # replaced or removed meanwhile: the next time tells
         return now
@@ -180,10 +190,16 @@ class RunCopy:
             self._files.create_dir(parent, recursive=True)
             self._folders.add(parent)
 
+    def _delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):  # deleted before: the answer was lost, or the store has rules of its own
+            self._files.delete_file(f"{self._root}/{name}")
+
     def _listed(self) -> list[str]:
+        return [name for name in self._found() if not LEFT_OUT.search(name)]
+
+    def _found(self) -> list[str]:
         found = self._files.get_file_info(FileSelector(self._root, recursive=True, allow_not_found=True))
-        names = [info.path.removeprefix(f"{self._root}/") for info in found if info.type == FileType.File]
-        return [name for name in names if not LEFT_OUT.search(name)]
+        return [info.path.removeprefix(f"{self._root}/") for info in found if info.type == FileType.File]
 
     def _write_lease(self, now: float) -> None:
         with self._output(LEASE_FILE) as file:
@@ -192,9 +208,9 @@ class RunCopy:
 
     def _keep_lease(self) -> None:
         """Renew it where that is due; errors as `_refuse_taken_over`."""
-        if time.time() - self._renewed_at > RENEW_EVERY_S:
+        if self._clock() - self._renewed_at > RENEW_EVERY_S:
             self._refuse_taken_over()
-            self._write_lease(time.time())
+            self._write_lease(self._clock())
 
     def _refuse_taken_over(self) -> None:
         """Raises:
@@ -216,9 +232,9 @@ class RunCopy:
             return
         # A lease of this host counts only while a process holds the lock of the run folder that it names.
         folder = lease.get("folder")  # a lease of an earlier version has none
-        if lease["host"] == socket.gethostname() and (folder is None or not is_in_use(Path(folder))):
+        if lease["host"] == self._lease["host"] and (folder is None or not is_in_use(Path(folder))):
             return
-        silent_s = time.time() - lease["time"]
+        silent_s = self._clock() - lease["time"]
         if silent_s < LEASE_S:
             raise ConfigError(
                 f"storage: {self.address} is in use by process {lease['pid']} on {lease['host']}; if that was killed, "

@@ -37,7 +37,7 @@ from detox_ray.metrics_file import (
 from detox_ray.run_copy import RunCopy
 
 # May differ between a run and its continuation: where and how patiently it runs, not what it computes.
-PLACEMENT = (
+MAY_CHANGE = (
     "ray.", "tracking.", "output_dir", "name", "storage", "rollout.num_cpus", "rollout.num_gpus", "rollout.resources",
     "rollout.canary_tolerance", "rollout.max_logprob_gap", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.kv_cache_mib", "rollout.tensor_parallel",
@@ -45,7 +45,7 @@ PLACEMENT = (
     "train.num_cpus", "train.num_gpus", "train.resources",
     "train.threads", "train.shard_base", "train.max_failures", "train.timeout_s", "train.checkpoint_every",
 )  # fmt: skip
-CLASSIFIER_PLACEMENT = (
+CLASSIFIER_MAY_CHANGE = (
     "replicas", "num_cpus", "num_gpus", "resources", "batch_size",
     "api_key_env", "cache", "requests_per_second", "retries", "timeout_s",
 )  # fmt: skip
@@ -259,7 +259,7 @@ def _refuse_another(where: str, found: RunSettings, wanted: RunSettings) -> None
     old, new = (_flatten(config.model_dump(mode="json")) for config in (found, wanted))
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
-        if before != now and not _is_placement(key) and not _has_moved(before, now):
+        if before != now and not _may_change(key) and not _has_moved(before, now):
             raise ConfigError(
                 f"{where} holds a run with {key} = {before!r}, not {now!r}; "
                 "choose another name=..., or remove the folder"
@@ -273,10 +273,10 @@ def _has_moved(before: Any, now: Any) -> bool:
     return Path(before).name == Path(now).name and not Path(before).exists() and Path(now).exists()
 
 
-def _is_placement(key: str) -> bool:
+def _may_change(key: str) -> bool:
     if key.startswith("reward.classifiers.") or key.startswith("evaluation.judge."):
-        return not {*CLASSIFIER_PLACEMENT}.isdisjoint(key.split("."))
-    return key.startswith(PLACEMENT)
+        return not {*CLASSIFIER_MAY_CHANGE}.isdisjoint(key.split("."))
+    return key.startswith(MAY_CHANGE)
 
 
 def check_usable(path: Path) -> None:
@@ -290,11 +290,12 @@ def check_usable(path: Path) -> None:
             f"output_dir: {path} is in the job's copy of its working directory, which Ray deletes; take one on "
             "storage that every node mounts at the same path, such as output_dir=/shared/runs"
         )
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"output_dir: {there} is no folder that can be written; choose another")
-    if is_in_use(path):
-        raise ConfigError(f"{path} is in use by another process; wait, or choose another name=...")
+    with _refused_unless_writable(path):
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ConfigError(f"output_dir: {there} is no folder that can be written; choose another")
+        if is_in_use(path):
+            raise ConfigError(f"{path} is in use by another process; wait, or choose another name=...")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,18 +10,18 @@ from typing import Any
 
 from detox_ray.cluster import announce_shortage, local_capacity, ray_session, starts_own_ray
 from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
+from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by, write_learned
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.learner.sft import steps_per_epoch
 from detox_ray.learner.sft_loop import TuningTask, sft_loop
 from detox_ray.metrics_file import DEV_PROMPTS_FILE, FINE_TUNING_FILE, write_atomically
 from detox_ray.placement import check_placements, learner_placement
-from detox_ray.plan import with_lab
 from detox_ray.policy.adapter import is_whole
 from detox_ray.policy.compilation import check_compiler
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
-from detox_ray.reservation import Room, reserved
+from detox_ray.reservation import Reservation, reserve
 from detox_ray.run_copy import mirrored_to_storage
 from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.sft_config import SFTConfig
@@ -69,7 +69,7 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
 
 
 def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
-    """What `fine_tune` does with a run that fits together; nothing if it is complete."""
+    """Run a checked plan; if it is already complete, return its stored evaluation."""
     result_file = plan.run.path / FINE_TUNING_FILE
     if result_file.exists() and is_whole(plan.run.adapter):
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
@@ -79,10 +79,10 @@ def run(plan: TuningPlan, terminal: Terminal) -> dict[str, Any]:
         announce_shortage(needed, terminal)
         terminal.stage(f"training for at most {plan.total_steps} steps")
         with (
-            reserved(needed, terminal.stage) as room,
+            reserve(needed, terminal.stage) as reservation,
             terminal.follow_steps(plan.run.metrics_file, plan.total_steps, tuning_line),
         ):
-            fit(plan, room)
+            fit(plan, reservation)
     result = json.loads(result_file.read_text(encoding="utf-8"))
     terminal.stage(
         f"dev loss {result['dev_loss_before']:.3f} before, {result['dev_loss']:.3f} after {result['best_steps']} steps"
@@ -137,9 +137,9 @@ def prepare(config: SFTConfig, terminal: Terminal) -> Iterator[TuningPlan]:
         yield TuningPlan(config, run, examples, int(tokenizer.pad_token_id))
 
 
-def fit(plan: TuningPlan, room: Room) -> None:
+def fit(plan: TuningPlan, reservation: Reservation) -> None:
     """Run the learners until the last step or until the dev loss has stopped falling; errors as `run_learners`."""
     task = TuningTask(
         plan.config, str(plan.run.path), plan.examples.train, plan.examples.dev, plan.pad_id, plan.total_steps
     )
-    run_learners(sft_loop, task, plan.config.train, plan.run, room)
+    run_learners(sft_loop, task, plan.config.train, plan.run, reservation)

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from detox_ray.errors import DataError
+from detox_ray.errors import ConfigError, DataError
 from detox_ray.metrics_file import read_metrics, write_atomically
 from detox_ray.run_folder import RunFolder
 
@@ -30,7 +30,7 @@ def write_timeline(folder: str | Path, output: Path | None = None) -> Path:
     """Write `RUN/timeline.json`, or `output`: for chrome://tracing or ui.perfetto.dev; returns the file.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, or the file cannot be written.
         DataError: it has not finished a step yet.
     """
     run = RunFolder.existing(folder)
@@ -42,7 +42,10 @@ def write_timeline(folder: str | Path, output: Path | None = None) -> Path:
     tasks = json.loads(tasks_file.read_text(encoding="utf-8")) if tasks_file.exists() else []
     events = [*learner_events(lines, first), *worker_events(tasks, first)]
     path = output or run.path / "timeline.json"
-    write_atomically(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    try:
+        write_atomically(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); name another file with --output") from None
     return path
 
 

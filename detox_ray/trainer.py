@@ -27,7 +27,7 @@ from detox_ray.hung_actor import kill_when_hung
 from detox_ray.learner.checkpoint_folder import remove_unlisted, remove_wrong_list
 from detox_ray.learner_config import LearnerConfig
 from detox_ray.placement import learner_placement
-from detox_ray.reservation import Room, has_room
+from detox_ray.reservation import Reservation, has_room
 from detox_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,10 @@ LEARNER_ENVIRONMENT = {
 }
 
 
-def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run: RunFolder, room: Room) -> None:
-    """Run `loop(task)` on every learner until it returns; learners are the first role in the `room`.
+def run_learners(
+    loop: Callable[[T], None], task: T, config: LearnerConfig, run: RunFolder, reservation: Reservation
+) -> None:
+    """Run `loop(task)` on every learner until it returns; learners are the first role in the `reservation`.
 
     Raises:
         DetoxError: of the learner's own kind, where it met one that a new attempt would meet again; or learner or
@@ -63,7 +65,7 @@ def run_learners(loop: Callable[[T], None], task: T, config: LearnerConfig, run:
     remove_unlisted(run.checkpoints)  # only here: a controller that is lost may leave learners that still write
     for _ in range(config.max_failures + 1):
         remove_wrong_list(run.checkpoints)
-        trainer = _trainer(work, config, run, room)
+        trainer = _trainer(work, config, run, reservation)
         try:
             trainer.fit()
         except RayActorError as error:
@@ -85,7 +87,7 @@ class _Reserved(DefaultPlacementGroupHandle):
         """Leave it to who reserved it."""
 
 
-class _InRoom(ControllerCallback):
+class _InReservation(ControllerCallback):
     """Has the controller start the learners in the first bundles of the run's own placement group.
 
     Ray Train would make a group for them at every start, and wait for room while the run holds that of its rollout
@@ -132,7 +134,7 @@ class _Trainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         without = (PlacementGroupCleanerCallback, DatasetsCallback)
         kept = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
-        return [*kept, _InRoom(self._group)]
+        return [*kept, _InReservation(self._group)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
@@ -142,12 +144,12 @@ class _Trainer(TorchTrainer):
         threading.Thread(target=kill_when_hung, args=watched, kwargs=waits, daemon=True).start()
 
 
-def _trainer(work: bytes, config: LearnerConfig, run: RunFolder, room: Room) -> _Trainer:
-    assert room.group is not None
-    assert room.roles[0] == learner_placement(config)  # see `_InRoom`
+def _trainer(work: bytes, config: LearnerConfig, run: RunFolder, reservation: Reservation) -> _Trainer:
+    assert reservation.group is not None
+    assert reservation.roles[0] == learner_placement(config)  # see `_InReservation`
     return _Trainer(
         _run_packed,
-        group=room.group,
+        group=reservation.group,
         train_loop_config={"work": work},
         scaling_config=ScalingConfig(
             num_workers=config.workers,

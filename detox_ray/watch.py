@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -81,7 +80,7 @@ def watch(folder: str | Path, once: bool = False, console: Console | None = None
     """Show the run until it is over or Ctrl-C; with `once`, or where nobody looks on, print it and end.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, or its config.yaml is damaged.
     """
     run = RunFolder.existing(folder)
     console = console or Console(highlight=False)
@@ -99,8 +98,9 @@ def watch(folder: str | Path, once: bool = False, console: Console | None = None
 
 def look(run: RunFolder, files: GrowingFiles) -> RunView:
     """The run as its folder is now."""
-    config = yaml.safe_load(run.config_file.read_text(encoding="utf-8")) or {}
-    running, total_steps = is_in_use(run.path), config.get("train", {}).get("total_steps")
+    config = run.read_config_tree()
+    train = config.get("train")
+    running, total_steps = is_in_use(run.path), train.get("total_steps") if isinstance(train, dict) else None
     return RunView(
         name=config.get("name", run.path.name),
         total_steps=total_steps,

@@ -1,5 +1,6 @@
 """What a user can get wrong: one line with the value and the fix, exit code 2, before anything expensive starts."""
 
+import errno
 import json
 import shutil
 import socket
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from detox_ray import cli
+from detox_ray.errors import ConfigError
 from detox_ray.rollout import engine
+from detox_ray.run_folder import check_usable
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("without_ray")]
 Refused = Callable[..., str]
@@ -46,6 +49,24 @@ def test_prompt_file(refused: Refused, tmp_path: Path) -> None:
     error = refused("data.text_column=question")
     assert "question" in error
     assert "prompt" in error
+
+
+@pytest.mark.parametrize("path", [f"{'x' * 300}.jsonl", "~no-such-user/x.jsonl"])
+@pytest.mark.parametrize("key", ["data.source", "policy.model", "policy.adapter", "reward.classifiers.0.model"])
+def test_a_path_that_cannot_be(refused: Refused, key: str, path: str) -> None:
+    assert f"{path!r} cannot be read (" in refused(f"{key}={path}")
+
+
+def test_a_run_folder_that_cannot_be(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "x" * 300
+    assert f"{name}/run cannot be written (File name too long)" in refused(f"output_dir={tmp_path / name}")
+
+    def closed(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("detox_ray.run_folder.Path.stat", closed)  # which root never meets
+    with pytest.raises(ConfigError, match=r"^output_dir: /root/runs cannot be written \(Permission denied\)$"):
+        check_usable(Path("/root/runs"))
 
 
 def test_tokenizer_without_pad_token(refused: Refused, tiny_model: str, tmp_path: Path) -> None:
@@ -128,6 +149,10 @@ def test_a_ray_address_that_does_not_answer(refused: Refused) -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     assert "does not answer" in refused(f"ray.address=127.0.0.1:{port}")
+
+
+def test_a_service_at_an_address_that_is_none(refused_line: Refused) -> None:
+    assert "ray.address=nonsense does not answer (" in refused_line("serve", "ray.address=nonsense")
 
 
 def test_prompts_that_do_not_fit_the_model(refused: Refused) -> None:

@@ -36,11 +36,13 @@ def configured(model: str, *overrides: str) -> Config:
 
 def test_roles_and_their_purposes(model: str) -> None:
     plan = plan_memory(configured(model, "policy.quantization=none", "train.num_gpus=1", "train.num_cpus=0"))
-    learner, worker, classifier = plan.roles
+    learner, worker, classifier, _ = plan.roles
     parameters = 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
     assert learner.bytes["weights"] == 2 * parameters
     trained = 16 * 2 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert learner.bytes["trained"] == trained * 16
+    on_cpu = plan_memory(configured(model, "policy.quantization=none")).roles[0]
+    assert on_cpu.bytes["trained"] == trained * (16 + 36)  # a checkpoint, and the state to go back to
     assert (worker.count, worker.gpus, classifier.name) == (2, 0.0, "classifier words")
     console = Console(width=80, record=True)
     console.print(memory_table(plan))
@@ -79,7 +81,7 @@ def test_a_run_that_cannot_fit_is_refused(model: str) -> None:
 def test_a_gpu_that_is_shared_in_turns(model: str) -> None:
     shared = ["policy.quantization=none", "rollout.num_gpus=0.5", "rollout.workers=1", "train.num_gpus=0.5"]
     together, in_turns = (plan_memory(configured(model, *shared, f"rollout.in_turns={turns}")) for turns in (0, 1))
-    learner, worker, _ = in_turns.roles
+    learner, worker, *_ = in_turns.roles
     learning, sampling = in_turns.gpu_need(learner)[0], in_turns.gpu_need(worker)[0]
     assert learning == learner.total + worker.bytes["process"]
     assert sampling == worker.total + learner.total - learner.bytes["batch"]
@@ -96,10 +98,11 @@ def test_what_a_role_on_a_gpu_has_in_main_memory(model: str) -> None:
     """A process, the pristine weights that pushes start from, and the weights of an engine that sleeps."""
     base = ["rollout.engine=vllm", "policy.quantization=none", "rollout.workers=1", "rollout.num_gpus=1"]
     served = plan_memory(configured(model, *base, "rollout.sync=adapter", "train.num_gpus=1"))
-    learner, worker, _ = served.roles
+    learner, worker, *_ = served.roles
     process = worker.main_memory
     assert 0 < process < GIB
-    assert 0 < learner.main_memory < GIB
+    trained = learner.bytes["trained"] / 16
+    assert 36 * trained < learner.main_memory < 36 * trained + GIB
     assert served.main_memory == pytest.approx(RAY_BYTES + sum(role.main_memory for role in served.roles))
 
     weights = worker.bytes["weights"]
@@ -113,6 +116,20 @@ def test_what_a_role_on_a_gpu_has_in_main_memory(model: str) -> None:
     shared = ["rollout.num_gpus=0.5", "train.num_gpus=0.5", "rollout.in_turns=true"]
     in_turns = plan_memory(configured(model, *base, *shared)).roles[1]
     assert in_turns.main_memory == pytest.approx(process + 2 * weights + worker.bytes["trained"])
+
+
+def test_every_classifier_that_is_loaded_counts(model: str, tmp_path: Path) -> None:
+    """Also the model of a measurement, and a judge that is asked during training, on CPU."""
+    transformers.BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    scorer = f"kind: {{}}, model: {tmp_path}, label: 1"
+    for kind in ("transformers", "evaluate"):
+        rewards = f"reward.classifiers=[{{name: reward, {scorer.format(kind)}}}]"
+        *_, reward = plan_memory(configured(model, rewards, "evaluation.every=0")).roles
+        assert reward.bytes["weights"] > 4 * 30522 * 768
+        judge = f"evaluation.judge={{name: mine, num_gpus: 1, replicas: 2, {scorer.format(kind)}}}"
+        *_, judging = plan_memory(configured(model, judge, "evaluation.every=5")).roles
+        assert (judging.name, judging.count, judging.gpus) == ("judge mine", 1, 0.0)
+        assert judging.bytes == reward.bytes
 
 
 def test_the_transformers_engine_keeps_scores_and_has_no_cache_to_fill(model: str) -> None:

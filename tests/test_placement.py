@@ -9,7 +9,7 @@ from detox_ray.config_file import parse_config
 from detox_ray.errors import ConfigError
 from detox_ray.placement import (
     Capacity,
-    Placement,
+    RoleResources,
     check_placements,
     placement_table,
     placements,
@@ -58,7 +58,7 @@ def test_all_workers_must_fit_on_the_nodes_at_once() -> None:
 
 
 def test_a_fraction_of_a_gpu_is_of_one_gpu() -> None:
-    def needed(workers: int, share: float) -> list[Placement]:
+    def needed(workers: int, share: float) -> list[RoleResources]:
         rollout = {"workers": workers, "num_cpus": 0, "num_gpus": share}
         return placements(configured({"num_cpus": 0}, rollout=rollout, train={"num_cpus": 0, "num_gpus": 0.2}))
 
@@ -70,7 +70,7 @@ def test_a_fraction_of_a_gpu_is_of_one_gpu() -> None:
 
 
 def test_what_takes_nothing_fits_everywhere() -> None:
-    check_placements([Placement("rollout worker", "rollout", 9, {})], Capacity([{"CPU": 1.0}]))
+    check_placements([RoleResources("rollout worker", "rollout", 9, {})], Capacity([{"CPU": 1.0}]))
 
 
 def test_room_on_many_nodes_is_found_at_once() -> None:

@@ -7,16 +7,16 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from detox_ray.placement import Placement
-from detox_ray.reservation import reserved
+from detox_ray.placement import RoleResources
+from detox_ray.reservation import reserve
 
 pytestmark = pytest.mark.e2e
 
 
 def test_who_finds_no_room_for_all_takes_none_says_so_once_and_goes_on_when_there_is(local_ray: Path) -> None:
     holder = placement_group([{"CPU": 1.2}])  # of two
-    learner = Placement("learner", "train", 1, {"CPU": 0.6})
-    worker = Placement("rollout worker", "rollout", 1, {"CPU": 0.6})
+    learner = RoleResources("learner", "train", 1, {"CPU": 0.6})
+    worker = RoleResources("rollout worker", "rollout", 1, {"CPU": 0.6})
     lines: list[str] = []
     said, has_room = threading.Event(), threading.Event()
 
@@ -24,11 +24,11 @@ def test_who_finds_no_room_for_all_takes_none_says_so_once_and_goes_on_when_ther
         lines.append(line)
         said.set()
 
-    def reserve() -> None:
-        with reserved([learner, worker], say, said_after_s=0.5):
+    def wait_for_room() -> None:
+        with reserve([learner, worker], say, said_after_s=0.5):
             has_room.set()
 
-    waiting = threading.Thread(target=reserve)
+    waiting = threading.Thread(target=wait_for_room)
     try:
         assert holder.wait(60)
         waiting.start()
@@ -46,6 +46,6 @@ def test_who_finds_no_room_for_all_takes_none_says_so_once_and_goes_on_when_ther
 
 
 def test_workers_that_take_nothing_need_no_room(local_ray: Path) -> None:
-    worker = Placement("rollout worker", "rollout", 2, {})
-    with reserved([worker], print) as room:
-        assert room.places(worker) == ["DEFAULT"] * 2
+    worker = RoleResources("rollout worker", "rollout", 2, {})
+    with reserve([worker], print) as reservation:
+        assert reservation.strategies(worker) == ["DEFAULT"] * 2

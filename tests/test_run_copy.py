@@ -8,18 +8,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+from watched_store import WatchedFiles, cut_off
 
 from detox_ray import run_copy
 from detox_ray.errors import ConfigError, StorageError
 from detox_ray.folder_lock import LOCK_FILE
 from detox_ray.learner.checkpoint_folder import last_whole_checkpoint, write_checkpoint
 from detox_ray.policy.adapter import Adapter, content_digest
-from detox_ray.run_copy import LEASE_S, RunCopy, mirrored_to_storage
+from detox_ray.run_copy import LEASE_FILE, LEASE_S, RunCopy, mirrored_to_storage
 
 pytestmark = pytest.mark.unit
 
@@ -32,6 +32,13 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     else:
         yield "memory://bucket/runs"
         fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[str]:
+    """The address of such a store."""
+    yield f"watched://{tmp_path / 'store'}"
+    WatchedFiles.before = lambda operation, path: None
 
 
 def make_run(folder: Path, steps: int) -> Path:
@@ -73,34 +80,20 @@ def test_a_run_goes_on_where_its_folder_is_not(storage: str, tmp_path: Path) -> 
     assert found[0] == 2
 
 
-def test_a_finished_run_without_checkpoints_is_there_too(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the first attempt to fetch it breaks off, after any of its files."""
+def test_a_finished_run_without_checkpoints_is_there_too(watched: str, tmp_path: Path) -> None:
+    """Also where attempts to fetch it break off, each at a later operation."""
     here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
     shutil.rmtree(here / "checkpoints")
     (here / "adapter").mkdir()
     (here / "adapter" / "steps.txt").write_text("3")
     (here / "evaluation.json").write_text("{}")
-    with copied(here, storage):
+    with copied(here, watched):
         pass
-    assert RunCopy(storage, "one").config_tree() == {"name": "one"}
-    keep_lease = RunCopy._keep_lease
-    for whole in range(len(content(here))):
-        left = whole
-
-        def break_off(copy: RunCopy) -> None:
-            nonlocal left
-            if left == 0:
-                raise OSError("the network is gone")
-            left -= 1
-            keep_lease(copy)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RunCopy, "_keep_lease", break_off)
-            with pytest.raises(ConfigError, match="the network is gone"):
-                RunCopy(storage, "one").open(there)
-    RunCopy(storage, "one").open(there)
+    assert RunCopy(watched, "one").config_tree() == {"name": "one"}
+    for cut in range(len(content(here))):
+        with cut_off(cut), pytest.raises(ConfigError, match="the network is gone"):
+            RunCopy(watched, "one").open(there)
+    RunCopy(watched, "one").open(there)
     assert content(there) == content(here)
 
 
@@ -116,52 +109,56 @@ def test_what_a_run_removes_is_removed_and_what_it_changes_is_changed(storage: s
     assert content(tmp_path / "there") == content(here)
 
 
-def test_a_checkpoint_is_whole_in_the_copy_last(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copying is cut short before each file in turn: there is always a whole checkpoint to go on from."""
+def test_a_checkpoint_is_whole_in_the_copy_last(watched: str, tmp_path: Path) -> None:
+    """The copying is cut short before each operation in turn: there is always a whole checkpoint to go on from."""
     here = make_run(tmp_path / "here", 3)
-    with copied(here, storage):
+    with copied(here, watched):
         pass
     (here / "checkpoints" / "checkpoint_3").rename(tmp_path / "gone")
     make_run(here, 6)
-    save_file, files = RunCopy._save_file, len(content(here))
-    found = []
-    for cut in range(files + 1):
-        left = cut
-
-        def save_some(copy: RunCopy, folder: Path, name: str, saved: Any) -> Any:
-            nonlocal left
-            if left == 0:
-                raise OSError("the network is gone")
-            left -= 1
-            return save_file(copy, folder, name, saved)
-
-        monkeypatch.setattr(RunCopy, "_save_file", save_some)
-        copy = RunCopy(storage, "one")
+    found: list[int] = []
+    while not found or found[-1] != 5:
+        copy = RunCopy(watched, "one")
         copy.open(here)
-        if cut < files:
-            with pytest.raises(StorageError, match="the network is gone"):
-                copy.save(here)
-        else:
+        with cut_off(len(found)), pytest.raises(StorageError, match="the network is gone"):
             copy.save(here)
-        RunCopy(storage, "one").open(tmp_path / f"there-{cut}")
-        whole = last_whole_checkpoint(tmp_path / f"there-{cut}" / "checkpoints")
+        there = tmp_path / f"there-{len(found)}"
+        RunCopy(watched, "one").open(there)
+        whole = last_whole_checkpoint(there / "checkpoints")
         assert whole is not None
         found.append(whole[0])
     assert found == sorted(found)
-    assert (found[0], found[-1]) == (2, 5)
+    assert found[0] == 2
 
 
-def test_a_file_that_goes_away_while_it_is_copied(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here, copy, names = make_run(tmp_path / "here", 3), RunCopy(storage, "one"), run_copy._files_of
-    monkeypatch.setattr(run_copy, "_files_of", lambda folder: [*names(folder), "gone.txt"])
+def test_a_file_that_goes_away_while_it_is_copied(watched: str, tmp_path: Path) -> None:
+    here, copy = make_run(tmp_path / "here", 3), RunCopy(watched, "one")
+    copy.open(here)
+    WatchedFiles.before = lambda operation, path: (here / "metrics.jsonl").unlink(missing_ok=True)
+    copy.save(here)
+    copy.save(here)
+    RunCopy(watched, "one").open(tmp_path / "there")
+    assert content(tmp_path / "there") == content(here)
+
+
+def test_a_file_that_is_no_longer_in_the_copy_need_not_be_removed(storage: str, tmp_path: Path) -> None:
+    here, copy = make_run(tmp_path / "here", 3), RunCopy(storage, "one")
     copy.open(here)
     copy.save(here)
-    monkeypatch.undo()
+    (here / "metrics.jsonl").unlink()
+    fsspec.filesystem(storage.partition(":")[0]).rm(f"{storage.partition('://')[2]}/one/metrics.jsonl")
     copy.save(here)
     RunCopy(storage, "one").open(tmp_path / "there")
     assert content(tmp_path / "there") == content(here)
+
+
+def test_what_a_killed_process_was_copying_is_removed(storage: str, tmp_path: Path) -> None:
+    files, folder = fsspec.filesystem(storage.partition(":")[0]), f"{storage.partition('://')[2]}/one"
+    with copied(make_run(tmp_path / "here", 3), storage):
+        pass
+    files.pipe_file(f"{folder}/part.7.tmp", b"half a file")
+    RunCopy(storage, "one").open(tmp_path / "there")
+    assert not files.exists(f"{folder}/part.7.tmp")
 
 
 def test_a_folder_that_is_behind_its_copy_is_refused(storage: str, tmp_path: Path) -> None:
@@ -174,51 +171,39 @@ def test_a_folder_that_is_behind_its_copy_is_refused(storage: str, tmp_path: Pat
     assert content(behind) == before
 
 
-def test_a_copy_in_use_on_another_host_is_refused_until_its_user_is_silent(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def elsewhere(storage: str, folder: Path, after_s: float = 0.0) -> RunCopy:
+    """The copy as a process on another host opens it, so much later."""
+    copy = RunCopy(storage, "one", f"host-of-{folder.name}", lambda: time.time() + after_s)
+    copy.open(folder)
+    return copy
+
+
+def test_a_copy_in_use_on_another_host_is_refused_until_its_user_is_silent(storage: str, tmp_path: Path) -> None:
     RunCopy(storage, "one").open(make_run(tmp_path / "here", 3))
     RunCopy(storage, "one").open(tmp_path / "here")  # the same host: a command that was killed and started again
     with (tmp_path / "here" / LOCK_FILE).open("w") as other_process:
         fcntl.flock(other_process, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="is in use by process"):  # the same host, another folder
             RunCopy(storage, "one").open(tmp_path / "there")
-    monkeypatch.setattr(run_copy.socket, "gethostname", lambda: "another")
     with pytest.raises(ConfigError, match=r"is in use by process \d+ on .*; if that was killed, try again in \d+ s"):
-        RunCopy(storage, "one").open(tmp_path / "there")
-    now = time.time()
-    monkeypatch.setattr(run_copy.time, "time", lambda: now + LEASE_S + 1)
-    RunCopy(storage, "one").open(tmp_path / "there")
+        elsewhere(storage, tmp_path / "there")
+    elsewhere(storage, tmp_path / "there", LEASE_S + 1)
 
 
-def test_a_release_lets_others_in_at_once(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_lets_others_in_at_once(storage: str, tmp_path: Path) -> None:
     with copied(make_run(tmp_path / "here", 3), storage):
         pass
-    monkeypatch.setattr(run_copy.socket, "gethostname", lambda: "another")
-    RunCopy(storage, "one").open(tmp_path / "there")
+    elsewhere(storage, tmp_path / "there")
     assert (tmp_path / "there" / "config.yaml").exists()
 
 
-def open_elsewhere(storage: str, folder: Path) -> RunCopy:
-    """The copy as a process on another host opens it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_copy.socket, "gethostname", lambda: f"host-of-{folder.name}")
-        copy = RunCopy(storage, "one")
-        copy.open(folder)
-    return copy
-
-
 @pytest.mark.parametrize("ended", [False, True])
-def test_who_was_silent_too_long_changes_nothing_any_more(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
-) -> None:
+def test_who_was_silent_too_long_changes_nothing_any_more(storage: str, tmp_path: Path, ended: bool) -> None:
     here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
     silent = RunCopy(storage, "one")
     silent.open(here)
     silent.save(here)
-    now = time.time()
-    monkeypatch.setattr(run_copy.time, "time", lambda: now + LEASE_S + 1)
-    other = open_elsewhere(storage, there)
+    other = elsewhere(storage, there, LEASE_S + 1)
     other.save(make_run(there, 6))
     if ended:
         other.release()
@@ -230,36 +215,34 @@ def test_who_was_silent_too_long_changes_nothing_any_more(
     silent.release()
     other.save(there)
     other.release()
-    open_elsewhere(storage, tmp_path / "third")
+    elsewhere(storage, tmp_path / "third")
     assert content(tmp_path / "third") == content(there)
 
 
+@pytest.mark.parametrize("operation", ["open", "write", "move"])
 def test_who_was_silent_in_the_middle_of_a_file_leaves_it_as_the_other_wrote_it(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    watched: str, tmp_path: Path, operation: str
 ) -> None:
-    here, there = make_run(tmp_path / "here", 3), tmp_path / "there"
-    silent = RunCopy(storage, "one")
+    """Also where both processes have the same id, as the first ones of two containers have."""
+    here, there, now = make_run(tmp_path / "here", 3), tmp_path / "there", time.time()
+    silent = RunCopy(watched, "one", clock=lambda: now)
     silent.open(here)
     silent.save(here)
     (here / "metrics.jsonl").write_text("what must not be in the copy")
-    keep_lease, now = RunCopy._keep_lease, time.time()
-    calls = 0
 
-    def stall(copy: RunCopy) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:  # the first bytes of the file are written
-            monkeypatch.setattr(RunCopy, "_keep_lease", keep_lease)
-            monkeypatch.setattr(run_copy.time, "time", lambda: now + LEASE_S + 1)
-            open_elsewhere(storage, there).save(make_run(there, 6))
-        keep_lease(copy)
+    def stall(before: str, path: str) -> None:
+        nonlocal now
+        if before == operation and not path.endswith(LEASE_FILE):
+            WatchedFiles.before = lambda operation, path: None
+            elsewhere(watched, there, LEASE_S + 1).save(make_run(there, 6))
+            now += LEASE_S + 2
 
-    monkeypatch.setattr(run_copy, "CHUNK_BYTES", 8)
-    monkeypatch.setattr(RunCopy, "_keep_lease", stall)
+    WatchedFiles.before = stall
+    if operation == "move":
+        silent.save(here)  # what it was moving is not there any more
     with pytest.raises(StorageError, match="was taken over"):
         silent.save(here)
-    monkeypatch.setattr(run_copy.time, "time", lambda: now + 3 * LEASE_S)
-    open_elsewhere(storage, tmp_path / "third")
+    elsewhere(watched, tmp_path / "third", 3 * LEASE_S)
     assert content(tmp_path / "third") == content(there)
 
 
@@ -276,23 +259,22 @@ def test_a_finished_run_is_not_overwritten_by_a_copy_that_is_behind(storage: str
     assert content(run) == before
 
 
-def test_of_two_that_open_a_copy_at_once_one_is_refused(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with copied(make_run(tmp_path / "here", 3), storage):
+@pytest.mark.parametrize("moment", [("open", LEASE_FILE), ("read", "config.yaml")])
+def test_of_two_that_open_a_copy_at_once_one_is_refused(watched: str, tmp_path: Path, moment: tuple[str, str]) -> None:
+    """The other comes before the first one's lease is there, or takes over from one that is slow at fetching."""
+    with copied(make_run(tmp_path / "here", 3), watched):
         pass
-    fetch, refused_in_use = RunCopy._fetch, RunCopy._refuse_in_use
+    other: list[RunCopy] = []
 
-    def meanwhile(copy: RunCopy, folder: Path) -> None:
-        monkeypatch.setattr(RunCopy, "_refuse_in_use", lambda _: None)  # the other had asked before
-        monkeypatch.setattr(RunCopy, "_fetch", fetch)
-        open_elsewhere(storage, tmp_path / "there")
-        monkeypatch.setattr(RunCopy, "_refuse_in_use", refused_in_use)
-        fetch(copy, folder)
+    def meanwhile(before: str, path: str) -> None:
+        if (before, Path(path).name) == moment:
+            WatchedFiles.before = lambda operation, path: None
+            other.append(elsewhere(watched, tmp_path / "there", LEASE_S + 1))
 
-    monkeypatch.setattr(RunCopy, "_fetch", meanwhile)
-    with pytest.raises(StorageError, match=r"was taken over by process \d+ on host-of-there"):
-        RunCopy(storage, "one").open(tmp_path / "again")
+    WatchedFiles.before = meanwhile
+    with pytest.raises(StorageError, match=r"was taken over by process \d+ on "):  # noqa: PT012  # either of the two
+        RunCopy(watched, "one").open(tmp_path / "again")
+        other[0].save(tmp_path / "there")
 
 
 def test_a_run_that_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,31 +283,33 @@ def test_a_run_that_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(run_copy, "LEASE_S", -1)
     copy, started = RunCopy(storage, "one"), time.monotonic()
     copy.open(here)
-    open_elsewhere(storage, tmp_path / "there")
+    elsewhere(storage, tmp_path / "there")
     with pytest.raises(StorageError, match="was taken over by"), mirrored_to_storage(copy, here):
         time.sleep(60)  # as who waits for Ray
     assert time.monotonic() - started < 30
 
 
-def test_a_slow_copy_is_in_use_all_the_time(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every piece of a file takes nearly as long as a lease lasts; others ask after each of them."""
-    here, now, pieces, keep_lease = make_run(tmp_path / "here", 3), time.time(), 0, RunCopy._keep_lease
+def test_a_slow_copy_is_in_use_all_the_time(watched: str, tmp_path: Path) -> None:
+    """Every file takes nearly as long as a lease lasts; others ask after each of them."""
+    here, late, files, slow = make_run(tmp_path / "here", 3), 0.0, 0, "write"
 
-    def later(copy: RunCopy) -> None:
-        nonlocal now, pieces
-        now, pieces = now + LEASE_S * 0.9, pieces + 1
-        with pytest.raises(ConfigError, match="is in use by process"):
-            open_elsewhere(storage, tmp_path / "other")
-        keep_lease(copy)
+    def later(operation: str, path: str) -> None:
+        nonlocal late, files
+        if operation == slow and not path.endswith((LEASE_FILE, "manifest.json")):
+            late, files = late + LEASE_S * 0.9, files + 1
+            WatchedFiles.before = lambda operation, path: None
+            with pytest.raises(ConfigError, match="is in use by process"):
+                elsewhere(watched, tmp_path / "other", late)
+            WatchedFiles.before = later
 
-    copy, files = open_elsewhere(storage, here), len(content(here))
-    monkeypatch.setattr(run_copy.time, "time", lambda: now)
-    monkeypatch.setattr(RunCopy, "_keep_lease", later)
-    copy.save(here)
-    assert pieces >= files
-    copy.release()
-    open_elsewhere(storage, tmp_path / "there")
-    assert pieces >= 3 * files
+    for folder in (here, tmp_path / "there"):
+        WatchedFiles.before = later
+        copy = RunCopy(watched, "one", f"host-of-{folder.name}", lambda: time.time() + late)
+        copy.open(folder)
+        copy.save(folder)
+        copy.release()
+        assert files >= len(content(here)) - 1
+        files, slow = 0, "read"
     assert not (tmp_path / "other").exists()
 
 

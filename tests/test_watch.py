@@ -53,6 +53,19 @@ def seen(folder: Path) -> str:
     return printed(panel(looked_at(folder), now=0.0))
 
 
+def test_a_configuration_that_is_damaged(run: Path, refused_line: Callable[..., str]) -> None:
+    for train in ("", "[1]"):
+        (run / "config.yaml").write_text(f"name: mine\ntrain: {train}\n")
+        assert "  3  5.0 s each" in seen(run)
+    (run / "config.yaml").write_text("name: [mine")
+    assert "config.yaml is not YAML" in refused_line("watch", str(run))
+
+
+def test_a_timeline_that_cannot_be_written(run: Path, refused_line: Callable[..., str]) -> None:
+    line = refused_line("timeline", str(run), "--output", "/no/such/folder/t.json")
+    assert "/no/such/folder/t.json cannot be written (No such file or directory); name another file" in line
+
+
 def test_a_run_that_stopped(run: Path) -> None:
     text = seen(run)
     assert "mine, stopped; the same command continues it" in text

@@ -22,6 +22,8 @@ from typing import Any, Literal, get_args
 
 from detox_ray.config_section import LAB_PREFIX, S, Section, cache_folder
 from detox_ray.errors import ConfigError, DataError
+from detox_ray.folder_lock import locked
+from detox_ray.terminal import Terminal
 
 # To be raised with every change of what the lab contains, so that no stale one is used.
 LAB_VERSION = 2
@@ -62,7 +64,7 @@ def build_lab(seed: int = 0, progress: Progress | None = None) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 # Whoever left one of these was killed: a living builder would hold the lock.
                 for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
@@ -130,6 +132,14 @@ def resolve_lab(config: S, progress: Progress | None = None) -> S:
         _check_part(value.removeprefix(LAB_PREFIX), f"{key} = {value!r}")
     lab = build_lab(progress=progress)
     return type(config).model_validate(_replace_lab_values(tree, lab))
+
+
+def with_lab(config: S, terminal: Terminal) -> S:
+    """The configuration with the lab's paths; the lab is built under a progress bar when it is needed and absent."""
+    if not uses_lab(config) or lab_folder().is_dir():
+        return resolve_lab(config)
+    with terminal.bar("building the offline lab", total=1) as progress:
+        return resolve_lab(config, lambda _, share: progress(share))
 
 
 def _lab_values(tree: Any, key: str = "") -> dict[str, str]:
@@ -211,16 +221,6 @@ def _check_part(part: str, value: str) -> None:
     if part not in get_args(LabPart):
         known = ", ".join(LAB_PREFIX + name for name in get_args(LabPart))
         raise ConfigError(f"{value} is no part of the lab; there are {known}")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file, which the operating system releases when the process dies."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """Answers of a paid API on disk, by the digest of what was asked; threads and processes may share one file."""
 
-import fcntl
 import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from detox_ray.folder_lock import locked
 
 # Longest wait for another process that writes to the same file.
 BUSY_TIMEOUT_S = 60.0
@@ -58,11 +58,4 @@ class AnswerCache:
 
     def claim(self, key: str) -> AbstractContextManager[None]:
         """A context in which no other thread or process asks for the same key; it ends with the process, too."""
-        return nullcontext() if self._claims is None else _locked(self._claims / key[:2])
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        return nullcontext() if self._claims is None else locked(self._claims / key[:2])

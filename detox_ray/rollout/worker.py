@@ -105,7 +105,7 @@ def start_workers(
 ) -> list[Any]:
     """Start `config.workers` actors without waiting for their engines; each restarts by itself if its process dies.
 
-    `places`: Ray's scheduling strategy of each; see `Room`.
+    `places`: Ray's scheduling strategy of each; see `Reservation`.
     """
     environment = {
         "OMP_NUM_THREADS": str(max(1, int(config.num_cpus) // config.tensor_parallel)),

@@ -30,7 +30,7 @@ from detox_ray.metrics_file import write_atomically
 from detox_ray.placement import Capacity
 from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.rewards.revision import model_revision
-from detox_ray.run_folder import CLASSIFIER_PLACEMENT
+from detox_ray.run_folder import CLASSIFIER_MAY_CHANGE
 from detox_ray.scoring.folder import SUMMARY_FILE, ScoredFolder
 from detox_ray.scoring.part_scorer import DISAGREEMENT, SCORE_PREFIX, PartScorer
 from detox_ray.scoring.summary import summarize, summary_table
@@ -141,7 +141,7 @@ class _Job:
         """What must be the same for a scoring to be continued."""
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        placement = {*CLASSIFIER_PLACEMENT}
+        placement = {*CLASSIFIER_MAY_CHANGE}
         exclude = dict.fromkeys(placement, True) | {"perspective": placement}
         scorers = {
             f"scorer {c.name}": {"model": model_revision(c), "settings": c.model_dump(mode="json", exclude=exclude)}

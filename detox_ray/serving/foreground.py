@@ -1,14 +1,12 @@
 """Serve with its HTTP proxy for the length of a command, on a local Ray or a running one."""
 
-import logging
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
-from detox_ray.cluster import OBJECT_STORE_BYTES, check_cluster_answers, cluster_address
+from detox_ray.cluster import connect, starts_own_ray
 from detox_ray.config import RayConfig
 from detox_ray.errors import ConfigError
 
@@ -22,7 +20,7 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
     On a cluster the caller deletes its app; Serve stays there if it ran before or others have deployed to it since.
 
     Raises:
-        ConfigError: the port is taken, Serve already listens elsewhere or not at all, or no cluster is at the address.
+        ConfigError: as `connect`, or the port is taken, or Serve already listens elsewhere or not at all.
     """
     import ray
     from ray import serve
@@ -30,21 +28,10 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
     from detox_ray.serving.app_guard import is_serve_running
     from detox_ray.serving.controller_watch import controller_watched
 
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    address = cluster_address(ray_config) or "local"
-    ours = not ray.is_initialized()
-    if ours:
-        check_cluster_answers(ray_config)
-        local: dict[str, Any] = {}
-        if address == "local":
-            check_port(host, port)
-            local = {
-                "num_cpus": ray_config.num_cpus,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "include_dashboard": False,
-            }
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    ours, starts_own = not ray.is_initialized(), starts_own_ray(ray_config)
+    if starts_own:
+        check_port(host, port)
+    connect(ray_config)
     found = is_serve_running()
     try:
         with controller_watched(CONTROLLER_TIMEOUT_S):
@@ -53,7 +40,7 @@ def serve_session(ray_config: RayConfig, host: str, port: int, request_timeout_s
                 check_listening(host, port)
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
-        if ours and (address == "local" or not (found or serve.status().applications)):
+        if ours and (starts_own or not (found or serve.status().applications)):
             serve.shutdown()
         if ours:
             ray.shutdown()

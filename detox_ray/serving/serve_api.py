@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from detox_ray.cluster import check_capacity, local_capacity, starts_own_ray
-from detox_ray.placement import Placement, check_placements
+from detox_ray.placement import RoleResources, check_placements, classifier_placement
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_for_proxies, wait_until_stopped
 
@@ -40,13 +41,11 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
             wait_until_stopped(stop)
 
 
-def service_placements(config: ApiConfig) -> list[Placement]:
+def service_placements(config: ApiConfig) -> list[RoleResources]:
     """What the replicas take that are always there; HTTP replicas take nothing."""
     needed = []
     for number, classifier in enumerate(config.reward.classifiers):
         scaling = config.replicas.get(classifier.name)
-        count = classifier.replicas if scaling is None else scaling.min
-        each = {"CPU": classifier.num_cpus, "GPU": classifier.num_gpus, **classifier.resources}
-        each = {resource: amount for resource, amount in each.items() if amount > 0}
-        needed.append(Placement(f"classifier {classifier.name}", f"reward.classifiers.{number}", count, each))
+        placed = classifier_placement(classifier, number)
+        needed.append(placed if scaling is None else replace(placed, count=scaling.min))
     return needed

@@ -23,7 +23,7 @@ from detox_ray.errors import ModelError
 from detox_ray.placement import rollout_placement
 from detox_ray.policy.policy import Policy
 from detox_ray.records import Canary, Prompt, Sampling
-from detox_ray.reservation import reserved
+from detox_ray.reservation import reserve
 from detox_ray.rollout.pool import ATTEMPTS, WorkerPool, is_stale, seed_of_call
 from detox_ray.rollout.worker import start_workers, stop_workers
 
@@ -76,18 +76,18 @@ def test_an_engine_that_cannot_start_is_one_clear_error(tmp_path: Path, local_ra
 @pytest.mark.e2e
 def test_workers_are_where_room_was_reserved_for_them_and_come_back_there(local_ray: Path) -> None:
     config = RolloutConfig(workers=2, num_cpus=0.5)
-    with reserved([rollout_placement(config)], print) as room:
-        assert room.group is not None
-        workers = start_light_workers(config, room.places(rollout_placement(config)))
+    with reserve([rollout_placement(config)], print) as reservation:
+        assert reservation.group is not None
+        workers = start_light_workers(config, reservation.strategies(rollout_placement(config)))
         pool = WorkerPool(workers, config, 1e-3)
         pool.connect()
         os.kill(process_id(workers[1]), signal.SIGKILL)
         pool.connect()
-        bundles = placement_group_table(room.group)["bundles_to_node_id"]
+        bundles = placement_group_table(reservation.group)["bundles_to_node_id"]
         groups = [ray.get(worker.__ray_call__.remote(own_group)) for worker in workers]
         stop_workers(workers)
     assert len(bundles) == 2
-    assert groups == [room.group.id.hex()] * 2
+    assert groups == [reservation.group.id.hex()] * 2
 
 
 @pytest.mark.e2e
