@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from detox_ray.evaluation.figures import Figure, finished, system_colour, translucent
+from detox_ray.evaluation.figures import Figure, error_bars, page_figure, system_colour, translucent
 from detox_ray.evaluation.metric_format import MINUS, UNKNOWN
 from detox_ray.evaluation.tables import Cell, Column, Row, Table
 
@@ -216,7 +216,7 @@ def _logprob_figure(analysis: dict[str, Any]) -> Figure:
         f"Mean log-probability of a token of {responses} under every system, with 95% intervals. Over all of them it "
         "is bound to fall, by the KL divergence, so what tells is toxic against civil."
     )
-    return finished("analysis-logprobs", f"How likely {responses} are", summary, figure)
+    return page_figure("analysis-logprobs", f"How likely {responses} are", summary, figure)
 
 
 def _entropy_figure(analysis: dict[str, Any]) -> Figure:
@@ -248,7 +248,7 @@ def _entropy_figure(analysis: dict[str, Any]) -> Figure:
     summary = (
         "Mean entropy of the next token along each system's own responses, with 95% bands: low is decided, 0 is fixed."
     )
-    return finished("analysis-entropy", "Entropy along the response", summary, figure)
+    return page_figure("analysis-entropy", "Entropy along the response", summary, figure)
 
 
 def _attribution_figure(analysis: dict[str, Any]) -> Figure:
@@ -266,24 +266,17 @@ def _attribution_figure(analysis: dict[str, Any]) -> Figure:
         "Entropy of the attribution over the prompt's tokens (1: all are read alike) and the prompt's share of it "
         "(the rest is on the response so far), with 95% intervals."
     )
-    return finished("analysis-attribution", "Is the prompt still read", summary, figure)
+    return page_figure("analysis-attribution", "Is the prompt still read", summary, figure)
 
 
 def _add_points(figure: go.Figure, name: str, x: list[str], intervals: list[dict[str, float]], colour: str) -> None:
-    values = [interval["value"] for interval in intervals]
     figure.add_scatter(
         x=x,
-        y=values,
+        y=[interval["value"] for interval in intervals],
         name=name,
         mode="markers",
         marker={"color": colour, "size": 9},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [interval["high"] - v for interval, v in zip(intervals, values, strict=True)],
-            "arrayminus": [v - interval["low"] for interval, v in zip(intervals, values, strict=True)],
-            "color": colour,
-        },
+        error_y=error_bars((interval["value"], interval["low"], interval["high"]) for interval in intervals),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from detox_ray.evaluation.figures import SYSTEM_COLOURS, Figure, finished
+from detox_ray.evaluation.figures import SYSTEM_COLOURS, Figure, page_figure
 from detox_ray.evaluation.reward_hacking import RewardJudgeGap
 
 _REWARD_COLOUR, _JUDGE_COLOUR = SYSTEM_COLOURS[2], SYSTEM_COLOURS[1]
@@ -64,7 +64,7 @@ def _gap(gap: RewardJudgeGap) -> Figure:
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="share of largest change")
     sentence = f"Gap {gap.gap[-1]:+.2f} at step {gap.steps[-1]}: 0 means that reward and judge improved alike."
-    return finished("gap", "Reward against judge", sentence, figure)
+    return page_figure("gap", "Reward against judge", sentence, figure)
 
 
 def _reward(lines: Lines) -> Figure | None:
@@ -118,7 +118,7 @@ def _time_split(lines: Lines) -> Figure | None:
     figure.update_layout(barmode="stack", bargap=0.05, legend_traceorder="normal")
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="seconds", rangemode="tozero")
-    return finished("time", "Where the time went", f"In all: {', '.join(totals)}.", figure)
+    return page_figure("time", "Where the time went", f"In all: {', '.join(totals)}.", figure)
 
 
 def _single(lines: Lines, key: str, title: str, unit: str, prefix: str = "") -> Figure | None:
@@ -136,7 +136,7 @@ def _curve(identity: str, title: str, unit: str, figure: go.Figure, lines: Lines
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text=unit)
     figure.update_traces(mode="lines" if len(x) > 1 else "markers")
-    return finished(identity, title, f"From {y[0]:.3g} at step {x[0]} to {y[-1]:.3g} at step {x[-1]}.", figure)
+    return page_figure(identity, title, f"From {y[0]:.3g} at step {x[0]} to {y[-1]:.3g} at step {x[-1]}.", figure)
 
 
 def _points(lines: Lines, key: str) -> tuple[list[Any], list[float]]:
