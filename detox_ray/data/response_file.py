@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from detox_ray.config import ResponseColumns
-from detox_ray.data.tables import MAX_CHARACTERS, Row, Tally, described, read_rows, require_columns
+from detox_ray.data.tables import MAX_CHARACTERS, Row, Tally, is_null, left_out_text, read_rows, require_columns
 from detox_ray.errors import DataError
 
 ONLY_SYSTEM = ""
@@ -81,11 +81,11 @@ def read_responses(path: str | Path, columns: ResponseColumns) -> ResponseFile:
             noted.add("prompt without a published score, kept", place)
         answers.append(answer)
     if not present:
-        raise DataError(f"{path} has no rows{described(left_out.counts())}; give a file with a response a row")
+        raise DataError(f"{path} has no rows{left_out_text(left_out.counts())}; give a file with a response a row")
     require_columns(path, _named(columns), list(present))
     if not answers:
         raise DataError(
-            f"{path}: no response is left{described(left_out.counts())}; repair the file or name other columns"
+            f"{path}: no response is left{left_out_text(left_out.counts())}; repair the file or name other columns"
         )
     _check_range(path, answers, columns)
 
@@ -134,11 +134,6 @@ def _read_row(row: Row, columns: ResponseColumns) -> _Answer | str:
     return _Answer(texts["system"], texts["prompt"], prompt_score, texts["response"][:MAX_CHARACTERS], scores)
 
 
-def is_null(value: Any) -> bool:
-    """None, or the NaN that some writers put for it."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 def _number(value: Any) -> float | str:
     """The score, or what is wrong with it."""
     if value is None or value == "":
@@ -182,7 +177,8 @@ def _samples(
         listed = ", ".join(f"{samples} for {prompts:,} prompts" for samples, prompts in counts)
         raise DataError(
             f"{path}: prompts have different numbers of responses ({listed}{', ...' if len(set(lengths)) > 4 else ''})"
-            f"{described(left_out.counts())}; the metrics need one number: set samples=fewest to use the first {fewest}"
+            f"{left_out_text(left_out.counts())}; the metrics need one number: "
+            f"set samples=fewest to use the first {fewest}"
         )
     return fewest, sum(lengths) - fewest * len(lengths)
 

@@ -20,7 +20,6 @@ JOB_FILE = "_scoring.json"
 SUMMARY_FILE = "_summary.json"
 SCRATCH_PREFIX = ".writing-"
 STATISTICS_KEY = b"detox_ray"
-TOXIC_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
