@@ -19,7 +19,7 @@ from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError
 from detox_ray.evaluation.answers_file import AnswersFile, read_answers
-from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
+from detox_ray.evaluation.comparison import EvaluationProtocol, compare, write_evaluation
 from detox_ray.evaluation.meter import PerplexityModel, score_responses
 from detox_ray.evaluation.perplexity import load_reference_model
 from detox_ray.evaluation.relevance import SentenceEncoder
@@ -194,7 +194,7 @@ def judge_and_report(
             scored.append(score_responses(system, scorers, model, encoder, own))
             progress(number)
     read_by = config.perplexity_model, config.relevance_model
-    protocol = Protocol(names, config.seed, config.bootstrap_resamples, *read_by, _counted_in(config))
+    protocol = EvaluationProtocol(names, config.seed, config.bootstrap_resamples, *read_by, _counted_in(config))
     evaluation = compare(scored, protocol) | _sampling(config) | more
     write_evaluation(folder.path, evaluation, scored)
     report = write_report(folder.path)

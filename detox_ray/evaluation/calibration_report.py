@@ -10,7 +10,7 @@ from detox_ray.evaluation.calibration_metrics import BINS
 from detox_ray.evaluation.calibration_tables import Agreement, Fitted, reliability_figure, tables
 from detox_ray.evaluation.markdown import markdown_table, plain
 from detox_ray.evaluation.page import render_page
-from detox_ray.evaluation.report_parts import counted, jsonable, terminal_table
+from detox_ray.evaluation.report_parts import counts_text, jsonable, terminal_table
 from detox_ray.metrics_file import write_atomically
 
 FORMAT = 1
@@ -95,8 +95,8 @@ def facts(report: CalibrationReport) -> list[tuple[str, str]]:
         "File": report.source,
         "Text column": report.text_column,
         "Rows read": f"{report.rows:,}",
-        "Rows left out": counted(report.left_out) or "none",
-        "Without a number": counted(missing),
+        "Rows left out": counts_text(report.left_out) or "none",
+        "Without a number": counts_text(missing),
         "Seed": f"{report.seed}",
         "Models": ", ".join(f"{name} ({model})" for name, model in report.models.items()),
         "Versions": ", ".join(f"{package} {number}" for package, number in report.versions.items()),
