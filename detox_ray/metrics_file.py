@@ -1,4 +1,4 @@
-"""Files of a run that outlive a kill: the metrics, a line a step, and whatever must be whole or absent."""
+"""Files of a run that outlive a kill: the metrics, a line per step, and whatever must be whole or absent."""
 
 import json
 import os

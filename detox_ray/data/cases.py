@@ -108,7 +108,7 @@ def read_cases(path: str | Path, columns: CaseColumns | None = None, labels: Cas
             noted.add(f"text cut to {MAX_CHARACTERS:,} characters", place)
         found.append((place, case))
     if not present:
-        raise DataError(f"{path} has no rows{left_out_text(left_out.counts())}; give a file with a case a row")
+        raise DataError(f"{path} has no rows{left_out_text(left_out.counts())}; give a file with one case per row")
     require_columns(path, [columns.text, columns.label, columns.group], list(present))
     has_functionalities = columns.functionality in present
     cases = _unique(found, left_out)

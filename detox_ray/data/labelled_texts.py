@@ -58,7 +58,7 @@ def read_labelled_texts(path: str | Path, text_column: str, number_columns: Sequ
         found.append(numbers)
     counts = left_out.counts()
     if not present:
-        raise DataError(f"{path} has no rows{left_out_text(counts)}; give a file with a text a row")
+        raise DataError(f"{path} has no rows{left_out_text(counts)}; give a file with one text per row")
     require_columns(path, [text_column, *number_columns], list(present))
     if not texts:
         raise DataError(f"{path}: no row can be used{left_out_text(counts)}; repair the file")

@@ -78,7 +78,7 @@ def survey(path: Path) -> FileSurvey:
         schema = pa.schema([(name, _arrow_type(found - {"null"})) for name, found in kinds.items()])
         left_out = tally.counts()
     if not rows:
-        raise DataError(f"{path} has no rows{left_out_text(left_out)}; give a file with a row a text")
+        raise DataError(f"{path} has no rows{left_out_text(left_out)}; give a file with one text per row")
     return FileSurvey(schema, rows, left_out)
 
 

@@ -6,10 +6,10 @@ nats. Every `changes` is TUNED minus REFERENCE, paired over prompts.
 
 {"format": 1, "reference", "systems": [SYSTEM], "model", "judge": name or null, "prompts", "seed", "threshold",
  "skipped": {reason: prompts},
- "logprobs":    of the reference's responses, a token
+ "logprobs":    of the reference's responses, per token
                 {"systems": {SYSTEM: {"all" | "toxic" | "civil": interval}}, "changes": {TUNED: {split: interval}},
                  "responses": {split: number}},
- "entropy":     of each system along its own responses, a token
+ "entropy":     of each system along its own responses, per token
                 {"systems": {SYSTEM: interval}, "changes": {TUNED: interval},
                  "by_position": {SYSTEM: [interval + {"position" from 1, "responses"}]}},
  "attribution": of the log-probability of each system's own responses to the tokens read (attribution.py); at a prompt

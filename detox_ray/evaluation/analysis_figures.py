@@ -109,7 +109,7 @@ def _sentences(analysis: dict[str, Any], tuned: str) -> list[str]:
     """What the numbers say of one tuned system, as far as they are defined."""
     reference, relevance = analysis["reference"], analysis["relevance"]
     changes = analysis["logprobs"]["changes"][tuned]
-    nats = " nats a token"
+    nats = " nats per token"
     stated = [
         (f"The log-probability of {reference}'s toxic responses under {tuned}", changes["toxic"], nats),
         (f"The log-probability of {reference}'s civil responses under {tuned}", changes["civil"], nats),
@@ -142,13 +142,13 @@ def _measure_table(analysis: dict[str, Any]) -> Table:
     sections = [
         (
             f"Log-probability of {analysis['reference']}'s {label.removeprefix('all ')} "
-            f"({logprobs['responses'][split]}), nats a token",
+            f"({logprobs['responses'][split]}), nats per token",
             {system: values[split] for system, values in logprobs["systems"].items()},
             {system: values[split] for system, values in logprobs["changes"].items()},
         )
         for split, label in _SPLITS.items()
     ]
-    sections.append(("Entropy, nats a token", analysis["entropy"]["systems"], analysis["entropy"]["changes"]))
+    sections.append(("Entropy, nats per token", analysis["entropy"]["systems"], analysis["entropy"]["changes"]))
     sections += [
         (
             label,
@@ -210,7 +210,7 @@ def _logprob_figure(analysis: dict[str, Any]) -> Figure:
             figure, system, [_SPLITS[s] for s in there], [logprobs["systems"][system][s] for s in there], colour
         )
     figure.update_layout(scattermode="group")
-    figure.update_yaxes(title_text="log-probability, nats a token")
+    figure.update_yaxes(title_text="log-probability, nats per token")
     responses = f"{analysis['reference']}'s responses"
     summary = (
         f"Mean log-probability of a token of {responses} under every system, with 95% intervals. Over all of them it "
@@ -281,7 +281,7 @@ def _add_points(figure: go.Figure, name: str, x: list[str], intervals: list[dict
 
 
 def _colours(analysis: dict[str, Any]) -> list[str]:
-    """One a system, the reference first."""
+    """One per system, the reference first."""
     return [system_colour(number) for number in range(len(analysis["systems"]))]
 
 

@@ -44,7 +44,7 @@ class Audit:
 
     @property
     def warnings(self) -> list[str]:
-        """Of all scorers, one sentence a scorer and group."""
+        """Of all scorers, one sentence per scorer and group."""
         return [warning for scorer in self.scorers for warning in scorer.warnings]
 
 

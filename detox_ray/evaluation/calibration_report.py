@@ -19,7 +19,7 @@ MEANING = (
     "A probability is calibrated when, of the texts that are given 0.7, 70% are toxic. ECE is the expected "
     "calibration error (Guo et al. 2017): the mean distance between the probability and the share of toxic texts in "
     f"{BINS} equal bins, 0 at best. In small samples it is biased upwards, and its interval more so: a lower end "
-    "above 0 proves nothing. Log loss is in nats a text; lower is better. ROC-AUC is the chance that a toxic text "
+    "above 0 proves nothing. Log loss is in nats per text; lower is better. ROC-AUC is the chance that a toxic text "
     "scores above another, and Spearman's correlation compares the order of the texts with the reference's. A "
     "calibration turns no order round, but the mean of calibrated classifiers may order texts in another way than the "
     "mean of raw ones. It holds for texts like these: where another share is toxic, it has to be fitted again."

@@ -241,7 +241,7 @@ def _small_print(evaluation: Evaluation) -> list[str]:
         + ("; changes resample the same prompts for both systems." if several else "."),
         tables.p_value_note(p_values),
         f"Toxic means {threshold(evaluation):g} or more. Expected maximum and probability as in Gehman et al. 2020, "
-        f"over {evaluation.get('samples_per_prompt', '?')} responses a prompt: they grow with that number.",
+        f"over {evaluation.get('samples_per_prompt', '?')} responses per prompt: they grow with that number.",
         f"Perplexity under {published_name(evaluation['perplexity_model'])}."
         if evaluation.get("perplexity_model")
         else "",

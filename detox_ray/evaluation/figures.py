@@ -119,7 +119,7 @@ def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
 
 
 def perplexity_scatter(evaluation: Evaluation) -> Figure | None:
-    """Mean toxicity against perplexity, a point a system with its intervals; None unless two systems have both."""
+    """Mean toxicity against perplexity, one point per system with its intervals; None unless two systems have both."""
     points = [
         (place, name, perplexity, toxicity)
         for place, name in enumerate(systems(evaluation))

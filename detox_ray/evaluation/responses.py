@@ -138,7 +138,7 @@ def align(systems: Sequence[SystemResponses]) -> list[SystemResponses]:
             )
         if first.samples_per_prompt != other.samples_per_prompt:
             raise DataError(
-                f"{first.name!r} gives {first.samples_per_prompt} responses a prompt, "
+                f"{first.name!r} gives {first.samples_per_prompt} responses per prompt, "
                 f"{other.name!r} gives {other.samples_per_prompt}: "
                 "the maximum over a prompt's responses grows with their number, so give both the same"
             )
@@ -170,7 +170,7 @@ def rows_like(prompts: Sequence[Prompt], order: Sequence[Prompt]) -> list[int]:
 
 
 def generations_table(systems: Sequence[ScoredResponses]) -> pa.Table:
-    """One row a response, with the columns of `SCHEMA`, what is there of `OPTIONAL`, and one a scorer.
+    """One row per response, with the columns of `SCHEMA`, what is there of `OPTIONAL`, and one per scorer.
 
     System by system, prompt by prompt.
     """

@@ -76,7 +76,7 @@ class Mention:
 
 @dataclass(frozen=True)
 class ScorerAudit:
-    """Everything the audit says of one scorer; `warnings` has one sentence a group that it punishes for being named."""
+    """Everything the audit says of one scorer; `warnings` has a sentence per group punished for being named."""
 
     name: str
     overall: ErrorRates

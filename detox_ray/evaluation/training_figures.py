@@ -1,4 +1,4 @@
-"""The curves of a training: of metrics.jsonl, a line a step, and of evaluations.jsonl, a line an evaluation."""
+"""The curves of a training: of metrics.jsonl, a line per step, and of evaluations.jsonl, a line per evaluation."""
 
 import math
 from collections.abc import Callable
@@ -18,11 +18,11 @@ def training_curves(lines: Lines) -> list[Figure]:
     """The curves that the lines of metrics.jsonl have data for, by step; none for a run without training steps."""
     makers: tuple[Callable[[Lines], Figure | None], ...] = (
         _reward,
-        lambda rows: _single(rows, "loss", "Loss", "nats a response token"),
-        lambda rows: _single(rows, "dev_loss", "Loss on the dev examples", "nats a response token"),
+        lambda rows: _single(rows, "loss", "Loss", "nats per response token"),
+        lambda rows: _single(rows, "dev_loss", "Loss on the dev examples", "nats per response token"),
         lambda rows: _single(rows, "kl", "KL to the reference policy", "nats"),
         lambda rows: _single(rows, "response_length", "Response length", "tokens"),
-        lambda rows: _single(rows, "entropy", "Entropy of the policy", "nats a token"),
+        lambda rows: _single(rows, "entropy", "Entropy of the policy", "nats per token"),
         _logprob_gap,
         _time_split,
     )
@@ -83,7 +83,7 @@ def _reward(lines: Lines) -> Figure | None:
                     "dash": "solid" if whole else "dot",
                 },
             )
-    return _curve("reward", "Reward", "reward a response", figure, lines, "reward")
+    return _curve("reward", "Reward", "reward per response", figure, lines, "reward")
 
 
 def _logprob_gap(lines: Lines) -> Figure | None:
@@ -101,7 +101,7 @@ def _logprob_gap(lines: Lines) -> Figure | None:
     within_two_decades = bool(gaps) and max(gaps) < 100 * min(gaps)
     figure.update_yaxes(type="log", exponentformat="power", dtick="D2" if within_two_decades else 1)
     return _curve(
-        "logprob_gap", "Rollout engine against learner", "|Δ log p|, nats a token", figure, lines, "logprob_gap_mean"
+        "logprob_gap", "Rollout engine against learner", "|Δ log p|, nats per token", figure, lines, "logprob_gap_mean"
     )
 
 

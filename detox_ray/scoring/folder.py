@@ -1,4 +1,4 @@
-"""The folder a file is scored into: one Parquet file a part, and what is being scored by what."""
+"""The folder a file is scored into: one Parquet file per part, and what is being scored by what."""
 
 import fcntl
 import json

@@ -91,7 +91,7 @@ class PartScorer:
         if any(config.kind != "linear" for config in self._configs):
             import torch
 
-            # One thread an actor: two beside another busy process are slower than one.
+            # One thread per actor: two beside another busy process are slower than one.
             torch.set_num_threads(1)
         self._classifiers = [
             load_classifier(config, device="cpu" if config.num_gpus == 0 else None) for config in self._configs
