@@ -19,12 +19,12 @@ from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError
-from detox_ray.evaluation.answers_file import AnswersFile, read_answers
-from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
+from detox_ray.evaluation.comparison import EvaluationProtocol, compare, write_evaluation
 from detox_ray.evaluation.meter import PerplexityModel, score_responses
 from detox_ray.evaluation.perplexity import load_reference_model
 from detox_ray.evaluation.relevance import SentenceEncoder
 from detox_ray.evaluation.report import write_report
+from detox_ray.evaluation.response_systems import PublishedSystem, read_systems
 from detox_ray.evaluation.responses import WORDS, SystemResponses, align, group_rollouts, rows_like
 from detox_ray.evaluation.sampled_file import FOLDER as SAMPLED_FOLDER
 from detox_ray.evaluation.sampled_file import SampledFile
@@ -195,7 +195,7 @@ def judge_and_report(
             scored.append(score_responses(system, scorers, model, encoder, own))
             progress(number)
     read_by = config.perplexity_model, config.relevance_model
-    protocol = Protocol(names, config.seed, config.bootstrap_resamples, *read_by, _counted_in(config))
+    protocol = EvaluationProtocol(names, config.seed, config.bootstrap_resamples, *read_by, _counted_in(config))
     evaluation = compare(scored, protocol) | _sampling(config) | more
     write_evaluation(folder.path, evaluation, scored)
     report = write_report(folder.path)
@@ -219,19 +219,19 @@ def _sampling(config: MeterConfig) -> dict[str, Any]:
     return {"sampling": config.rollout.model_dump(include={"max_new_tokens", "temperature", "top_p", "top_k"})}
 
 
-def _read_files(config: MeterConfig, terminal: Terminal) -> dict[str, list[AnswersFile]]:
+def _read_files(config: MeterConfig, terminal: Terminal) -> dict[str, list[PublishedSystem]]:
     """System -> what its file holds, for the systems that are files; says what was left out."""
     tokenizer = load_tokenizer(_reader(config)) if config.perplexity_model else None
     files = {}
     for system in config.systems:
         if system.responses is not None:
-            files[system.name], counts = read_answers(system, tokenizer)
+            files[system.name], counts = read_systems(system, tokenizer)
             for reason, count in counts.items():
                 terminal.stage(f"{system.name}: {count} x {reason}")
     return files
 
 
-def _refuse_two_scorers_of_one_name(config: MeterConfig, files: Mapping[str, list[AnswersFile]]) -> None:
+def _refuse_two_scorers_of_one_name(config: MeterConfig, files: Mapping[str, list[PublishedSystem]]) -> None:
     """Raises:
     ConfigError: a file came with scores under the name of a scorer that is to score now.
     """

@@ -1,4 +1,4 @@
-"""Files of a run that outlive a kill: the metrics, a line a step, and whatever must be whole or absent."""
+"""Files of a run that outlive a kill: the metrics, a line per step, and whatever must be whole or absent."""
 
 import json
 import os
@@ -12,6 +12,7 @@ EVALUATIONS_FILE = "evaluations.jsonl"  # by the judge, while it trains
 REJECTED_FILE = "rejected_steps.jsonl"  # why steps were rejected and what was done
 FAILURE_FILE = "failure.json"
 EVALUATION_FILE = "evaluation.json"  # what a run or an evaluation found, once it is complete
+GENERATIONS_FILE = "generations.parquet"  # every response of it with its scores
 FINE_TUNING_FILE = "fine_tuning.json"  # what became of a fine-tuning, once it is complete
 LEARNED_FILE = "learned_prompts.txt"  # digests of what the adapter was trained on; see `data.learned`
 DEV_PROMPTS_FILE = "dev_prompts.jsonl"  # the prompts of a fine-tuning's dev examples, as its model reads them
@@ -39,7 +40,7 @@ def append_metrics(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a crash cut short is left out."""
+    """The lines of a metrics file up to the first that is no JSON, as a crash leaves one at the end."""
     if not path.exists():
         return []
     lines = []

@@ -3,7 +3,6 @@
 Nothing is dropped in silence: a row that cannot be used is left out and counted with its reason.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from detox_ray.data.tables import MAX_CHARACTERS, Row, Tally, described, read_rows, require_columns
+from detox_ray.data.tables import MAX_CHARACTERS, Row, Tally, is_null, left_out_text, read_rows, require_columns
 from detox_ray.errors import ConfigError, DataError
 
 # More different values than this are no groups: the column holds names, numbers or texts.
@@ -109,14 +108,14 @@ def read_cases(path: str | Path, columns: CaseColumns | None = None, labels: Cas
             noted.add(f"text cut to {MAX_CHARACTERS:,} characters", place)
         found.append((place, case))
     if not present:
-        raise DataError(f"{path} has no rows{described(left_out.counts())}; give a file with a case a row")
+        raise DataError(f"{path} has no rows{left_out_text(left_out.counts())}; give a file with one case per row")
     require_columns(path, [columns.text, columns.label, columns.group], list(present))
     has_functionalities = columns.functionality in present
     cases = _unique(found, left_out)
     counts = left_out.counts()
     if not cases:
         fix = _labels_hint(columns, unknown, meanings) or "repair the file"
-        raise DataError(f"{path}: no case is left{described(counts)}; {fix}")
+        raise DataError(f"{path}: no case is left{left_out_text(counts)}; {fix}")
     _check_values(path, columns.group, {case.group for case in cases})
     if has_functionalities:
         _check_values(path, columns.functionality, {case.functionality for case in cases})
@@ -134,13 +133,13 @@ def read_cases(path: str | Path, columns: CaseColumns | None = None, labels: Cas
 def _read_row(row: Row, columns: CaseColumns, meanings: dict[str, bool]) -> _Case | str:
     """The case in a row, or why there is none."""
     text, label = row.get(columns.text), row.get(columns.label)
-    if _is_null(text):
+    if is_null(text):
         return "null text"
     if not isinstance(text, str):
         return "text is not text"
     if not text.strip():
         return "empty text"
-    if _is_null(label) or label == "":
+    if is_null(label) or label == "":
         return "null label"
     toxic = meanings.get(_normalized_label(label))
     if toxic is None:
@@ -173,11 +172,7 @@ def _normalized_label(label: Any) -> str:
 
 
 def _name(value: Any) -> str | None:
-    return None if _is_null(value) else " ".join(str(value).split()) or None
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return None if is_null(value) else " ".join(str(value).split()) or None
 
 
 def _labels_hint(columns: CaseColumns, unknown: Counter[str], meanings: dict[str, bool]) -> str:

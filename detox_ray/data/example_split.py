@@ -90,7 +90,7 @@ def load_examples(
 
 
 def dev_prompts(examples: ExampleSplit, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompts of the dev examples, a JSON object a line, each once: what an evaluation of the run asks."""
+    """The prompts of the dev examples, one JSON object per line, each once: what an evaluation of the run asks."""
     start, stop = start_ids(tokenizer), stop_ids(tokenizer)
     texts: dict[str, None] = {}
     for example in examples.dev:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detox_ray.config import DialogueFormat
-from detox_ray.data.tables import Row, Tally, described, read_rows, require_columns
+from detox_ray.data.tables import Row, Tally, left_out_text, read_rows, require_columns
 from detox_ray.errors import DataError
 
 HATE_SPEECH, COUNTER_NARRATIVE = "HS", "CN"
@@ -73,7 +73,7 @@ def read_examples(
     path, tally = Path(path).expanduser(), Tally()
     rows = list(read_rows(path, tally))
     if not rows:
-        raise DataError(f"{path} has no rows{described(tally.counts())}; give a file of dialogues or pairs")
+        raise DataError(f"{path} has no rows{left_out_text(tally.counts())}; give a file of dialogues or pairs")
     present = list(dict.fromkeys(name for _, row in rows for name in row))
     found = format or _format_of(present, (prompt_column, response_column))
     if found == "dialoconan":
@@ -86,7 +86,7 @@ def read_examples(
         examples = _pair_examples(rows, columns, tally, strip=found != "pairs")
     unique = _unique(examples, tally)
     if not unique:
-        raise DataError(f"{path}: no example is left{described(tally.counts())}; repair the file")
+        raise DataError(f"{path}: no example is left{left_out_text(tally.counts())}; repair the file")
     return ExampleFile(unique, found, tally.counts())
 
 

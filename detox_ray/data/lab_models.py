@@ -26,7 +26,6 @@ from detox_ray.data.lab_text import Exchange
 
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 END_ID, PAD_ID = 0, 1
-IGNORED = -100
 CONTEXT = 512
 # A prompt's tokens say little (its words are drawn at random): most of the gradient should teach the response.
 PROMPT_WEIGHT = 0.2

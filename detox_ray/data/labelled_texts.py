@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from detox_ray.data.response_file import is_null
-from detox_ray.data.tables import MAX_CHARACTERS, Row, Tally, described, read_rows, require_columns
+from detox_ray.data.tables import MAX_CHARACTERS, Row, Tally, is_null, left_out_text, read_rows, require_columns
 from detox_ray.errors import DataError
 
 TRUTH_VALUES = {"true": 1.0, "false": 0.0}
@@ -59,10 +58,10 @@ def read_labelled_texts(path: str | Path, text_column: str, number_columns: Sequ
         found.append(numbers)
     counts = left_out.counts()
     if not present:
-        raise DataError(f"{path} has no rows{described(counts)}; give a file with a text a row")
+        raise DataError(f"{path} has no rows{left_out_text(counts)}; give a file with one text per row")
     require_columns(path, [text_column, *number_columns], list(present))
     if not texts:
-        raise DataError(f"{path}: no row can be used{described(counts)}; repair the file")
+        raise DataError(f"{path}: no row can be used{left_out_text(counts)}; repair the file")
     columns = np.array(found).reshape(len(texts), -1).T
     by_column = dict(zip(number_columns, columns, strict=True))
     missing = {column: int(np.isnan(values).sum()) for column, values in by_column.items()}

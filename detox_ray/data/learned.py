@@ -13,7 +13,7 @@ def is_known(adapter: str) -> bool:
 
 
 def learned_by(*adapters: str | None) -> frozenset[str]:
-    """Digests of the texts that the adapters were trained on, there or before; of those where that is known."""
+    """Digests of the texts the adapters were trained on, earlier trainings included; an unknown adapter adds none."""
     files = [_file_of(adapter) for adapter in adapters if adapter is not None and is_known(adapter)]
     return frozenset(line for file in files for line in file.read_text(encoding="utf-8").split())
 

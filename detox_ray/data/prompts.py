@@ -144,7 +144,7 @@ def _prompts_of_source(
 def _text_prompts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, skipped: Counter[str]
 ) -> tuple[list[_Found], int]:
-    """The prompts of a source with a text a record, each a group of its own, and the number of records."""
+    """The prompts of a source with one text per record, each a group of its own, and the number of records."""
     records = read_records(config)
     kept: list[tuple[str, dict[str, Any]]] = []
     for record in records:

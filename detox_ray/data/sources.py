@@ -34,7 +34,7 @@ def read_records(config: DataConfig) -> list[Record]:
     else:
         records = _read_hub(source, config.split, config.revision)
     if not records:
-        raise DataError(f"data.source = {source!r} is empty; give a file with a prompt a line or row")
+        raise DataError(f"data.source = {source!r} is empty; give a file with one prompt per line or row")
     for number, record in enumerate(records, 1):
         if config.text_column not in record:
             raise DataError(

@@ -7,6 +7,7 @@ kept as JSON text, and so is a column of JSON lines whose values are of several 
 import csv
 import difflib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def survey(path: Path) -> FileSurvey:
         schema = pa.schema([(name, _arrow_type(found - {"null"})) for name, found in kinds.items()])
         left_out = tally.counts()
     if not rows:
-        raise DataError(f"{path} has no rows{described(left_out)}; give a file with a row a text")
+        raise DataError(f"{path} has no rows{left_out_text(left_out)}; give a file with one text per row")
     return FileSurvey(schema, rows, left_out)
 
 
@@ -144,7 +145,12 @@ def require_columns(path: Path, wanted: Iterable[str], present: Sequence[str]) -
     raise DataError(f"{path} has no column {names}; its columns are {listed}: {hint}")
 
 
-def described(counts: dict[str, int]) -> str:
+def is_null(value: Any) -> bool:
+    """None, or the NaN that some writers put for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def left_out_text(counts: dict[str, int]) -> str:
     """ " (left out: 3 not UTF-8 (first in line 17))", or nothing."""
     return f" (left out: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())})" if counts else ""
 

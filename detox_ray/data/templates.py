@@ -106,7 +106,7 @@ class DialogueTemplate:
             return str(
                 self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
             )
-        except Exception as error:
+        except Exception as error:  # a template is code of others, and can fail in any way
             raise ModelError(
                 f"the tokenizer's chat template fails ({' '.join(str(error).split())[:120]}); "
                 f"write another, such as data.template: {json.dumps(PLAIN_TEMPLATE)}"

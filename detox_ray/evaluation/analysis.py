@@ -6,10 +6,10 @@ nats. Every `changes` is TUNED minus REFERENCE, paired over prompts.
 
 {"format": 1, "reference", "systems": [SYSTEM], "model", "judge": name or null, "prompts", "seed", "threshold",
  "skipped": {reason: prompts},
- "logprobs":    of the reference's responses, a token
+ "logprobs":    of the reference's responses, per token
                 {"systems": {SYSTEM: {"all" | "toxic" | "civil": interval}}, "changes": {TUNED: {split: interval}},
                  "responses": {split: number}},
- "entropy":     of each system along its own responses, a token
+ "entropy":     of each system along its own responses, per token
                 {"systems": {SYSTEM: interval}, "changes": {TUNED: interval},
                  "by_position": {SYSTEM: [interval + {"position" from 1, "responses"}]}},
  "attribution": of the log-probability of each system's own responses to the tokens read (attribution.py); at a prompt
@@ -46,7 +46,8 @@ from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.evaluation.relevance import SentenceEncoder
 from detox_ray.evaluation.run_files import ANALYSIS_FORMAT
 from detox_ray.evaluation.words import token_pieces
-from detox_ray.metrics_file import write_atomically
+from detox_ray.metrics_file import GENERATIONS_FILE, write_atomically
+from detox_ray.policy.architecture import response_logits
 from detox_ray.policy.sequences import collate
 from detox_ray.rewards.classifiers import Classifier, load_classifier
 
@@ -104,7 +105,7 @@ def analyze(
     folder, limits = Path(folder), limits or Limits()
     adapters = inputs.default_adapters(folder) if adapters is None else dict(adapters)
     reference = inputs.reference_name(folder)
-    table = inputs.read_generations(folder / inputs.GENERATIONS_FILE, [reference, *adapters])
+    table = inputs.generations_of([reference, *adapters], folder / GENERATIONS_FILE)
     inputs.check_adapter_folders(adapters)
     check_captum()
     encoder = None if relevance_model is None else SentenceEncoder(relevance_model, relevance_revision)
@@ -154,10 +155,8 @@ def token_statistics(
         rows = order[start : start + batch_size]
         # No token sees the padding behind it, so any id will do.
         batch = collate([np.array(prompts[i]) for i in rows], [np.array(responses[i]) for i in rows], 0, model.device)
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
-        every_row = torch.arange(len(rows), device=logits.device)[:, None]
         mask = batch.response_mask()
-        distribution = logits[every_row, batch.predictor_positions()][mask].float().log_softmax(dim=-1)
+        distribution = response_logits(model, batch)[mask].float().log_softmax(dim=-1)
         logprobs = distribution.gather(1, batch.response_ids()[mask][:, None])[:, 0].double().cpu().numpy()
         entropies = torch.special.entr(distribution.exp()).sum(dim=-1).double().cpu().numpy()
         ends = np.cumsum([len(responses[i]) for i in rows])[:-1]

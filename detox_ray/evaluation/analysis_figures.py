@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from detox_ray.evaluation.figures import Figure, finished, system_colour, translucent
+from detox_ray.evaluation.figures import Figure, error_bars, page_figure, system_colour, translucent
 from detox_ray.evaluation.metric_format import MINUS, UNKNOWN
 from detox_ray.evaluation.tables import Cell, Column, Row, Table
 
@@ -109,7 +109,7 @@ def _sentences(analysis: dict[str, Any], tuned: str) -> list[str]:
     """What the numbers say of one tuned system, as far as they are defined."""
     reference, relevance = analysis["reference"], analysis["relevance"]
     changes = analysis["logprobs"]["changes"][tuned]
-    nats = " nats a token"
+    nats = " nats per token"
     stated = [
         (f"The log-probability of {reference}'s toxic responses under {tuned}", changes["toxic"], nats),
         (f"The log-probability of {reference}'s civil responses under {tuned}", changes["civil"], nats),
@@ -142,13 +142,13 @@ def _measure_table(analysis: dict[str, Any]) -> Table:
     sections = [
         (
             f"Log-probability of {analysis['reference']}'s {label.removeprefix('all ')} "
-            f"({logprobs['responses'][split]}), nats a token",
+            f"({logprobs['responses'][split]}), nats per token",
             {system: values[split] for system, values in logprobs["systems"].items()},
             {system: values[split] for system, values in logprobs["changes"].items()},
         )
         for split, label in _SPLITS.items()
     ]
-    sections.append(("Entropy, nats a token", analysis["entropy"]["systems"], analysis["entropy"]["changes"]))
+    sections.append(("Entropy, nats per token", analysis["entropy"]["systems"], analysis["entropy"]["changes"]))
     sections += [
         (
             label,
@@ -210,13 +210,13 @@ def _logprob_figure(analysis: dict[str, Any]) -> Figure:
             figure, system, [_SPLITS[s] for s in there], [logprobs["systems"][system][s] for s in there], colour
         )
     figure.update_layout(scattermode="group")
-    figure.update_yaxes(title_text="log-probability, nats a token")
+    figure.update_yaxes(title_text="log-probability, nats per token")
     responses = f"{analysis['reference']}'s responses"
     summary = (
         f"Mean log-probability of a token of {responses} under every system, with 95% intervals. Over all of them it "
         "is bound to fall, by the KL divergence, so what tells is toxic against civil."
     )
-    return finished("analysis-logprobs", f"How likely {responses} are", summary, figure)
+    return page_figure("analysis-logprobs", f"How likely {responses} are", summary, figure)
 
 
 def _entropy_figure(analysis: dict[str, Any]) -> Figure:
@@ -248,7 +248,7 @@ def _entropy_figure(analysis: dict[str, Any]) -> Figure:
     summary = (
         "Mean entropy of the next token along each system's own responses, with 95% bands: low is decided, 0 is fixed."
     )
-    return finished("analysis-entropy", "Entropy along the response", summary, figure)
+    return page_figure("analysis-entropy", "Entropy along the response", summary, figure)
 
 
 def _attribution_figure(analysis: dict[str, Any]) -> Figure:
@@ -266,29 +266,22 @@ def _attribution_figure(analysis: dict[str, Any]) -> Figure:
         "Entropy of the attribution over the prompt's tokens (1: all are read alike) and the prompt's share of it "
         "(the rest is on the response so far), with 95% intervals."
     )
-    return finished("analysis-attribution", "Is the prompt still read", summary, figure)
+    return page_figure("analysis-attribution", "Is the prompt still read", summary, figure)
 
 
 def _add_points(figure: go.Figure, name: str, x: list[str], intervals: list[dict[str, float]], colour: str) -> None:
-    values = [interval["value"] for interval in intervals]
     figure.add_scatter(
         x=x,
-        y=values,
+        y=[interval["value"] for interval in intervals],
         name=name,
         mode="markers",
         marker={"color": colour, "size": 9},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [interval["high"] - v for interval, v in zip(intervals, values, strict=True)],
-            "arrayminus": [v - interval["low"] for interval, v in zip(intervals, values, strict=True)],
-            "color": colour,
-        },
+        error_y=error_bars((interval["value"], interval["low"], interval["high"]) for interval in intervals),
     )
 
 
 def _colours(analysis: dict[str, Any]) -> list[str]:
-    """One a system, the reference first."""
+    """One per system, the reference first."""
     return [system_colour(number) for number in range(len(analysis["systems"]))]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 
@@ -19,6 +18,7 @@ from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.templates import start_ids
 from detox_ray.errors import DataError, ModelError
+from detox_ray.evaluation.responses import read_generations
 from detox_ray.metrics_file import ADAPTER_FOLDER, EVALUATION_FILE, FINE_TUNING_FILE
 from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE
 from detox_ray.policy.adapter_weights import put_adapters
@@ -32,7 +32,6 @@ from detox_ray.policy.load import (
 from detox_ray.run_folder import RunFolder
 from detox_ray.sft_config import SFTConfig, load_run_config
 
-GENERATIONS_FILE = "generations.parquet"
 _COLUMNS = ["system", "prompt_id", "prompt", "response", "response_ids", "toxicity"]
 
 
@@ -173,21 +172,13 @@ def load_systems(policy: PolicyConfig, reference: str, adapters: Mapping[str, Pa
     return ComparedSystems(model.eval(), tokenizer, reference, names)
 
 
-def read_generations(path: Path, systems: Sequence[str]) -> pa.Table:
+def generations_of(systems: Sequence[str], path: Path) -> pa.Table:
     """The columns that an analysis needs of generations.parquet, in which all of `systems` answered.
 
     Raises:
-        DataError: there is no such file, it is not Parquet, lacks a column, or has no responses of a system.
+        DataError: as `read_generations`, or the file has no responses of a system.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: evaluate the run first")
-    try:
-        columns = pq.read_schema(path).names
-        if missing := [name for name in _COLUMNS if name not in columns]:
-            raise DataError(f"{path} lacks the columns {', '.join(missing)}: evaluate the run again")
-        table = pq.read_table(path, columns=_COLUMNS)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:200]}") from None
+    table = read_generations(path, _COLUMNS)
     there = table.column("system").unique().to_pylist()
     if absent := [system for system in systems if system not in there]:
         raise DataError(f"{path} has no responses of {absent[0]!r}; it has those of {', '.join(map(repr, there))}")

@@ -46,7 +46,7 @@ class Comparison:
         return [self.reference, *self.tuned]
 
     def per_token(self, values: Mapping[str, Sequence[np.ndarray]]) -> Json:
-        """Means over all tokens, and their changes; `values[system]`: one array of tokens a prompt."""
+        """Means over all tokens, and their changes; `values[system]`: one array of tokens per prompt."""
         sums = {system: np.array([row.sum() for row in rows]) for system, rows in values.items()}
         return self._compared(
             sums, {system: np.array([float(len(r)) for r in rows]) for system, rows in values.items()}

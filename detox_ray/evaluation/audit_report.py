@@ -14,7 +14,7 @@ from detox_ray.evaluation.group_toxicity import NO_GROUP, PolicyAudit
 from detox_ray.evaluation.markdown import bullets, markdown_table, plain
 from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
 from detox_ray.evaluation.page import render_page
-from detox_ray.evaluation.report_parts import counted, jsonable, terminal_table
+from detox_ray.evaluation.report_parts import counts_text, jsonable, terminal_table
 from detox_ray.evaluation.scorer_audit import SMALL_CELL, TOLERATED_RATE, ScorerAudit, criterion
 from detox_ray.metrics_file import write_atomically
 
@@ -44,7 +44,7 @@ class Audit:
 
     @property
     def warnings(self) -> list[str]:
-        """Of all scorers, one sentence a scorer and group."""
+        """Of all scorers, one sentence per scorer and group."""
         return [warning for scorer in self.scorers for warning in scorer.warnings]
 
 
@@ -130,10 +130,10 @@ def facts(audit: Audit) -> list[tuple[str, str]]:
         "Columns": ", ".join(f"{what} = {column}" for what, column in named.items() if column is not None),
         "Rows read": f"{audit.rows:,}",
         "Cases": f"{audit.cases:,}, {audit.toxic:,} toxic and {audit.cases - audit.toxic:,} not",
-        "Rows left out": counted(audit.left_out) or "none",
-        "Noted": counted(audit.noted),
+        "Rows left out": counts_text(audit.left_out) or "none",
+        "Noted": counts_text(audit.noted),
         "Scorers": ", ".join(f"{name} ({model})" for name, model in audit.models.items()),
-        "Responses left out": counted(audit.policy.left_out) if audit.policy else "",
+        "Responses left out": counts_text(audit.policy.left_out) if audit.policy else "",
         "Versions": ", ".join(f"{package} {number}" for package, number in audit.versions.items()),
     }
     return [(term, found) for term, found in rows.items() if found]

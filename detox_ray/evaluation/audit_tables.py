@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
-from detox_ray.evaluation.figures import Figure, escaped, finished, system_colour
+from detox_ray.evaluation.figures import Figure, error_bars, escaped, page_figure, shortened, system_colour
 from detox_ray.evaluation.group_toxicity import PolicyAudit
 from detox_ray.evaluation.metrics import CONFIDENCE, Interval
 from detox_ray.evaluation.proportions import Proportion
@@ -12,12 +12,10 @@ from detox_ray.evaluation.scorer_audit import (
     SMALL_CELL,
     TOLERATED_RATE,
     Comparison,
+    ErrorRates,
     Mention,
     ScorerAudit,
     mention_kind,
-)
-from detox_ray.evaluation.scorer_audit import (
-    Cell as Errors,
 )
 from detox_ray.evaluation.tables import NOTHING, Cell, Column, Row, Table
 
@@ -30,7 +28,7 @@ SMALL_NOTE = f"{SMALL_MARK} fewer than {SMALL_CELL}: read the interval, not the 
 FALSE_POSITIVES = "False positives: non-toxic cases judged toxic"
 FALSE_NEGATIVES = "False negatives: toxic cases not judged toxic"
 
-Rate = Callable[[Errors], Proportion | None]
+Rate = Callable[[ErrorRates], Proportion | None]
 
 
 def sections(
@@ -60,7 +58,7 @@ def sections(
 def terminal_table(scorers: Sequence[ScorerAudit]) -> Table:
     """Both error rates overall and by group."""
     columns = [Column(scorer.name, rate) for scorer in scorers for rate in ("false positives", "false negatives")]
-    parts: list[tuple[str, list[Errors]]] = [("all cases", [scorer.overall for scorer in scorers])]
+    parts: list[tuple[str, list[ErrorRates]]] = [("all cases", [scorer.overall for scorer in scorers])]
     parts += [(group, [scorer.by_group[group] for scorer in scorers]) for group in scorers[0].by_group]
     rows = [
         Row(label, tuple(_rate_cell(rate(cell)) for cell in cells for rate in (_false_positive, _false_negative)))
@@ -88,14 +86,7 @@ def group_figure(scorers: Sequence[ScorerAudit], functionalities: Sequence[str])
             name=name,
             mode="markers",
             marker={"color": system_colour(place), "size": 9},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [100 * (rate.high - rate.value) for rate in found],
-                "arrayminus": [100 * (rate.value - rate.low) for rate in found],
-                "thickness": 1.5,
-                "width": 4,
-            },
+            error_x=error_bars((100 * rate.value, 100 * rate.low, 100 * rate.high) for rate in found),
             customdata=[[escaped(group), rate.count, rate.total] for group, rate in zip(drawn, found, strict=True)],
             hovertemplate="%{customdata[0]}: %{customdata[1]} of %{customdata[2]} (%{x:.1f}%)",
         )
@@ -103,7 +94,7 @@ def group_figure(scorers: Sequence[ScorerAudit], functionalities: Sequence[str])
     figure.update_xaxes(title_text="judged toxic, %", range=[-2, 102])
     figure.update_yaxes(
         tickvals=list(range(len(drawn))),
-        ticktext=[escaped(_shortened(group)) for group in drawn],
+        ticktext=[escaped(shortened(group, _NAME_LENGTH)) for group in drawn],
         range=[-0.6, len(drawn) - 0.4],
         zeroline=False,
     )
@@ -111,7 +102,7 @@ def group_figure(scorers: Sequence[ScorerAudit], functionalities: Sequence[str])
     spans = [_span(name, [by_group[group] for group in groups]) for name, by_group in rates.items()]
     fewer = f" The {GROUPS_DRAWN} groups with most cases are drawn." if len(groups) > len(drawn) else ""
     summary = f"Share judged toxic, from the lowest to the highest group, with 95% intervals. {' '.join(spans)}{fewer}"
-    return finished("mentions", f"False positives on {kind}, by group", summary, figure)
+    return page_figure("mentions", f"False positives on {kind}, by group", summary, figure)
 
 
 def _overall_table(scorers: Sequence[ScorerAudit]) -> Table:
@@ -140,7 +131,7 @@ def _rate_table(
     title: str,
     label: str,
     scorers: Sequence[ScorerAudit],
-    part: Callable[[ScorerAudit], dict[str, Errors]],
+    part: Callable[[ScorerAudit], dict[str, ErrorRates]],
     rate: Rate,
 ) -> Table:
     rows = []
@@ -221,7 +212,7 @@ def _comparison_cell(comparison: Comparison | None) -> Cell:
     return Cell(f"{mark}{value}", f"{low} to {high}")
 
 
-def _auc_cell(errors: Errors) -> Cell:
+def _auc_cell(errors: ErrorRates) -> Cell:
     return Cell(NOTHING if errors.roc_auc is None else f"{errors.roc_auc:.3f}")
 
 
@@ -243,21 +234,17 @@ def _span(name: str, rates: Sequence[Proportion]) -> str:
     return f"{name}: {lowest:.1%} to {highest:.1%}."
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
-
-
-def _by_group(scorer: ScorerAudit) -> dict[str, Errors]:
+def _by_group(scorer: ScorerAudit) -> dict[str, ErrorRates]:
     return scorer.by_group
 
 
-def _by_functionality(scorer: ScorerAudit) -> dict[str, Errors]:
+def _by_functionality(scorer: ScorerAudit) -> dict[str, ErrorRates]:
     return scorer.by_functionality
 
 
-def _false_positive(errors: Errors) -> Proportion | None:
+def _false_positive(errors: ErrorRates) -> Proportion | None:
     return errors.false_positive
 
 
-def _false_negative(errors: Errors) -> Proportion | None:
+def _false_negative(errors: ErrorRates) -> Proportion | None:
     return errors.false_negative

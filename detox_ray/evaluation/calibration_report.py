@@ -10,7 +10,7 @@ from detox_ray.evaluation.calibration_metrics import BINS
 from detox_ray.evaluation.calibration_tables import Agreement, Fitted, reliability_figure, tables
 from detox_ray.evaluation.markdown import markdown_table, plain
 from detox_ray.evaluation.page import render_page
-from detox_ray.evaluation.report_parts import counted, jsonable, terminal_table
+from detox_ray.evaluation.report_parts import counts_text, jsonable, terminal_table
 from detox_ray.metrics_file import write_atomically
 
 FORMAT = 1
@@ -19,7 +19,7 @@ MEANING = (
     "A probability is calibrated when, of the texts that are given 0.7, 70% are toxic. ECE is the expected "
     "calibration error (Guo et al. 2017): the mean distance between the probability and the share of toxic texts in "
     f"{BINS} equal bins, 0 at best. In small samples it is biased upwards, and its interval more so: a lower end "
-    "above 0 proves nothing. Log loss is in nats a text; lower is better. ROC-AUC is the chance that a toxic text "
+    "above 0 proves nothing. Log loss is in nats per text; lower is better. ROC-AUC is the chance that a toxic text "
     "scores above another, and Spearman's correlation compares the order of the texts with the reference's. A "
     "calibration turns no order round, but the mean of calibrated classifiers may order texts in another way than the "
     "mean of raw ones. It holds for texts like these: where another share is toxic, it has to be fitted again."
@@ -95,8 +95,8 @@ def facts(report: CalibrationReport) -> list[tuple[str, str]]:
         "File": report.source,
         "Text column": report.text_column,
         "Rows read": f"{report.rows:,}",
-        "Rows left out": counted(report.left_out) or "none",
-        "Without a number": counted(missing),
+        "Rows left out": counts_text(report.left_out) or "none",
+        "Without a number": counts_text(missing),
         "Seed": f"{report.seed}",
         "Models": ", ".join(f"{name} ({model})" for name, model in report.models.items()),
         "Versions": ", ".join(f"{package} {number}" for package, number in report.versions.items()),

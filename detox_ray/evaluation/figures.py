@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 
-from detox_ray.evaluation.evaluation_file import Evaluation, measured, systems
+from detox_ray.evaluation.evaluation_file import Evaluation, IntervalJson, measured, systems
 from detox_ray.evaluation.paired_responses import BUCKET_NAMES, PairedResponses, bucket_flows
 
 # By the place of a system: the reference first. The page has the same hues, for text, as --system-0 and so on.
@@ -58,7 +59,7 @@ def toxicity_histogram(responses: PairedResponses, threshold: float) -> Figure:
     figure.update_xaxes(title_text="judge's toxicity of a response", range=[0, 1])
     figure.update_yaxes(title_text="responses, %", rangemode="tozero")
     summary = f"Median toxicity, and share of responses at {threshold:g} or above: {'; '.join(sentences)}."
-    return finished("toxicity", "Toxicity of the responses", summary, figure)
+    return page_figure("toxicity", "Toxicity of the responses", summary, figure)
 
 
 def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
@@ -112,13 +113,13 @@ def bucket_flow_chart(responses: PairedResponses) -> Figure | None:
     )
     summary = "; ".join(moved) if last <= 2 else "The same responses under one system after the other"
     figure.update_layout(margin={"l": 8, "r": 8, "t": 32, "b": 12})
-    return finished(
+    return page_figure(
         "flows", "Responses moving between toxicity buckets", summary + ".", figure, 0 if last < 2 else 190 * (last + 1)
     )
 
 
 def perplexity_scatter(evaluation: Evaluation) -> Figure | None:
-    """Mean toxicity against perplexity, a point a system with its intervals; None unless two systems have both."""
+    """Mean toxicity against perplexity, one point per system with its intervals; None unless two systems have both."""
     points = [
         (place, name, perplexity, toxicity)
         for place, name in enumerate(systems(evaluation))
@@ -132,8 +133,8 @@ def perplexity_scatter(evaluation: Evaluation) -> Figure | None:
         figure.add_scatter(
             x=[perplexity["value"]],
             y=[toxicity["value"]],
-            error_x=_error_bar(perplexity),
-            error_y=_error_bar(toxicity),
+            error_x=error_bars([_ends(perplexity)]),
+            error_y=error_bars([_ends(toxicity)]),
             name=name,
             mode="markers",
             marker={"color": system_colour(place), "size": 11},
@@ -154,10 +155,10 @@ def perplexity_scatter(evaluation: Evaluation) -> Figure | None:
     summary = f"Mean toxicity: {found}. Lower is better on both; bars are 95% intervals" + (
         f"; arrows start at {reference}." if not points[0][0] else "."
     )
-    return finished("perplexity", "Toxicity against perplexity", summary, figure)
+    return page_figure("perplexity", "Toxicity against perplexity", summary, figure)
 
 
-def finished(identity: str, title: str, summary: str, figure: go.Figure, min_width_px: int = 0) -> Figure:
+def page_figure(identity: str, title: str, summary: str, figure: go.Figure, min_width_px: int = 0) -> Figure:
     """The figure in the look of the page; `identity` becomes part of an element's id."""
     layout = {
         "template": "none",
@@ -183,6 +184,24 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def shortened(name: str, length: int) -> str:
+    """A name of at most `length` characters."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def error_bars(intervals: Iterable[tuple[float | None, float | None, float | None]]) -> dict[str, object]:
+    """Plotly's error bars of points given as (value, low, high); a point without an interval has none."""
+    points = list(intervals)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [_reach(value, high) for value, _, high in points],
+        "arrayminus": [_reach(low, value) for value, low, _ in points],
+        "thickness": 1.5,
+        "width": 4,
+    }
+
+
 def translucent(colour: str, opacity: float) -> str:
     """A colour such as "#d9822b" as plotly takes one that lets through what is behind it."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
@@ -194,7 +213,7 @@ def _name_columns(figure: go.Figure, names: list[str]) -> None:
     last = len(names) - 1
     for system, name in enumerate(names):
         figure.add_annotation(
-            text=f"<b>{escaped(_shortened(name))}</b>",
+            text=f"<b>{escaped(shortened(name, _NAME_LENGTH))}</b>",
             x=system / last,
             xanchor="left" if system == 0 else "right" if system == last else "center",
             y=1.02,
@@ -205,28 +224,19 @@ def _name_columns(figure: go.Figure, names: list[str]) -> None:
         )
 
 
-def _error_bar(interval: dict[str, float | None]) -> dict[str, object]:
-    value, low, high = (interval.get(key) for key in ("value", "low", "high"))
-    if value is None or low is None or high is None or not all(map(math.isfinite, (value, low, high))):
-        return {"visible": False}
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [max(0.0, high - value)],
-        "arrayminus": [max(0.0, value - low)],
-        "thickness": 1.5,
-        "width": 4,
-    }
-
-
 def _middle(counts: np.ndarray, bucket: int) -> float:
     """Where the bucket's middle is between top (0) and bottom (1): high toxicity stands on top."""
     above = counts[bucket + 1 :].sum()
     return float((above + counts[bucket] / 2) / counts.sum())
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
+def _ends(interval: IntervalJson) -> tuple[float | None, float | None, float | None]:
+    return interval.get("value"), interval.get("low"), interval.get("high")
+
+
+def _reach(start: float | None, end: float | None) -> float | None:
+    """How far an error bar goes up from `start` to `end`; None where one of them is unknown."""
+    return None if start is None or end is None or not math.isfinite(end - start) else max(0.0, end - start)
 
 
 def _inside(position: float) -> float:

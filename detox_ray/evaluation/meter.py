@@ -90,7 +90,7 @@ def checked_toxicity(scorer: Classifier, texts: Sequence[str]) -> np.ndarray:
     A text without a visible character says nothing toxic: it is 0 by every scorer, and asked of none (some refuse it).
 
     Raises:
-        RewardError: it is not one probability a text.
+        RewardError: it is not one probability per text.
     """
     different = [text for text in dict.fromkeys(texts) if text.strip()]
     # Some refuse an empty list, too.
@@ -98,7 +98,7 @@ def checked_toxicity(scorer: Classifier, texts: Sequence[str]) -> np.ndarray:
     if scores.shape != (len(different),):
         raise RewardError(
             f"scorer {scorer.name!r} returned an array of shape {scores.shape} for {len(different)} texts: "
-            "expected one score a text"
+            "expected one score per text"
         )
     wrong = ~((scores >= 0) & (scores <= 1))
     if wrong.any():

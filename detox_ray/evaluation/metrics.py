@@ -65,8 +65,8 @@ def resampled_counts(prompts: int, resamples: int, seed: int) -> Iterator[np.nda
 class Statistic:
     """A metric as a function of means over prompts.
 
-    `columns: [P, K]` finite, one row a prompt; `value` maps means `[R, K]` to `[R]`. A mean has one column, a ratio of
-    sums two, a comparison the columns of both systems.
+    `columns: [P, K]` finite, one row per prompt; `value` maps means `[R, K]` to `[R]`. A mean has one column, a ratio
+    of sums two, a comparison the columns of both systems.
     """
 
     columns: np.ndarray

@@ -47,7 +47,7 @@ def _training(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
         "quantisation": policy.get("quantization"),
         "estimator": ppo.get("estimator"),
         "steps": evaluation.get("steps", section(config, "train").get("total_steps")),
-        "responses a step": ppo.get("batch_size"),
+        "responses per step": ppo.get("batch_size"),
         "learning rate": ppo.get("learning_rate"),
         "KL coefficient": section(ppo, "kl").get("coefficient"),
         "longest response in tokens": section(config, "rollout").get("max_new_tokens"),
@@ -80,7 +80,7 @@ def _fine_tuning(config: dict[str, Any], evaluation: dict[str, Any]) -> str:
         "LoRA rank": section(policy, "lora").get("rank"),
         "quantisation": policy.get("quantization"),
         "steps": evaluation.get("steps"),
-        "examples a step": train.get("batch_size"),
+        "examples per step": train.get("batch_size"),
         "learning rate": train.get("learning_rate"),
         "examples": published_name(section(config, "data").get("source") or "") or None,
     }

@@ -87,7 +87,7 @@ def bucket_flows(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 def share_on_different_sides(scores: list[np.ndarray], threshold: float) -> float | None:
     """Share of responses that some scorers put at or above the threshold and some below; None where none is known.
 
-    `scores`: an array `[N]` a scorer; a response that a scorer gave no score is not counted.
+    `scores`: one array `[N]` per scorer; a response that a scorer gave no score is not counted.
     """
     stacked = np.stack(scores)
     known = stacked[:, ~np.isnan(stacked).any(axis=0)]

@@ -54,7 +54,7 @@ def response_nll(
         DataError: a prompt without tokens, or different numbers of prompts and responses.
     """
     if len(prompt_ids) != len(response_ids):
-        raise DataError(f"{len(prompt_ids)} prompts for {len(response_ids)} responses: give one prompt a response")
+        raise DataError(f"{len(prompt_ids)} prompts for {len(response_ids)} responses: give one prompt per response")
     if any(len(ids) == 0 for ids in prompt_ids):
         raise DataError("a prompt has no tokens, so its response has nothing to follow: drop it, or add a start token")
     tokens = np.array([len(ids) for ids in response_ids], dtype=np.int64)

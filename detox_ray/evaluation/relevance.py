@@ -33,7 +33,7 @@ class SentenceEncoder:
             DataError: different numbers of prompts and responses.
         """
         if len(prompts) != len(responses):
-            raise DataError(f"{len(prompts)} prompts for {len(responses)} responses: give one prompt a response")
+            raise DataError(f"{len(prompts)} prompts for {len(responses)} responses: give one prompt per response")
         # Prompts with many responses are embedded once.
         texts = sorted({text for text in (*prompts, *responses) if text.strip()})
         row_of = {text: row for row, text in enumerate(texts)}

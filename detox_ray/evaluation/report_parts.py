@@ -10,7 +10,7 @@ from rich.table import Table as TerminalTable
 from detox_ray.evaluation.tables import Table
 
 
-def counted(counts: dict[str, int]) -> str:
+def counts_text(counts: dict[str, int]) -> str:
     """ "3 duplicate; 2 empty text"."""
     return "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from detox_ray.errors import DataError
+from detox_ray.errors import DataError, first_line
 from detox_ray.records import LEAD, REFERENCES, Prompt, Rollout
 
 SCORE_PREFIX = "toxicity/"
@@ -138,7 +138,7 @@ def align(systems: Sequence[SystemResponses]) -> list[SystemResponses]:
             )
         if first.samples_per_prompt != other.samples_per_prompt:
             raise DataError(
-                f"{first.name!r} gives {first.samples_per_prompt} responses a prompt, "
+                f"{first.name!r} gives {first.samples_per_prompt} responses per prompt, "
                 f"{other.name!r} gives {other.samples_per_prompt}: "
                 "the maximum over a prompt's responses grows with their number, so give both the same"
             )
@@ -170,7 +170,7 @@ def rows_like(prompts: Sequence[Prompt], order: Sequence[Prompt]) -> list[int]:
 
 
 def generations_table(systems: Sequence[ScoredResponses]) -> pa.Table:
-    """One row a response, with the columns of `SCHEMA`, what is there of `OPTIONAL`, and one a scorer.
+    """One row per response, with the columns of `SCHEMA`, what is there of `OPTIONAL`, and one per scorer.
 
     System by system, prompt by prompt.
     """
@@ -286,18 +286,18 @@ def write_generations(path: Path, table: pa.Table) -> None:
     unfinished.replace(path)
 
 
-def read_generations(path: Path) -> pa.Table:
-    """The table that `write_generations` wrote.
+def read_generations(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table that `write_generations` wrote, or some of its columns.
 
     Raises:
         DataError: there is no such file, it is not Parquet, or a column is missing.
     """
     try:
-        table = pq.read_table(path)
+        present = pq.read_schema(path).names
+        if missing := [name for name in columns or SCHEMA.names if name not in present]:
+            raise DataError(f"{path} lacks the columns {', '.join(missing)}: evaluate the run again")
+        return pq.read_table(path, columns=columns)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: evaluate the run first") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise DataError(f"{path} lacks the columns {', '.join(missing)}: evaluate the run again")
-    return table
+        raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from error

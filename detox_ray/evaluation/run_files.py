@@ -59,7 +59,7 @@ def facts(config: dict[str, Any], evaluation: Evaluation) -> list[tuple[str, str
         "Reference": evaluation["reference"],
         "Training prompts": ", ".join(prompt_sources(config)),
         "Prompts judged": counts,
-        "Responses a prompt": evaluation.get("samples_per_prompt"),
+        "Responses per prompt": evaluation.get("samples_per_prompt"),
         "Longest response, tokens": (evaluation.get("sampling") or rollout).get("max_new_tokens"),
         "Counted in (lengths, diversity)": _unit(evaluation.get("counted_in")),
         "Perplexity under": published_name(evaluation.get("perplexity_model") or ""),

@@ -14,7 +14,7 @@ FOLDER = "sampled"
 
 
 class SampledFile:
-    """A line a prompt with all its responses; the file's name says what was sampled, and from what."""
+    """One line per prompt with all its responses; the file's name says what was sampled, and from what."""
 
     def __init__(
         self, folder: Path, system: str, model: str, prompts: Sequence[Prompt], samples: int, sampling: Sampling

@@ -31,7 +31,7 @@ TOLERATED_RATE = 0.05
 
 
 @dataclass(frozen=True)
-class Cell:
+class ErrorRates:
     """The errors of a scorer on some cases; a rate or area that cannot be measured on them is None.
 
     `false_positive`: share of non-toxic cases judged toxic; `false_negative`: share of toxic cases not judged toxic;
@@ -76,12 +76,12 @@ class Mention:
 
 @dataclass(frozen=True)
 class ScorerAudit:
-    """Everything the audit says of one scorer; `warnings` has one sentence a group that it punishes for being named."""
+    """Everything the audit says of one scorer; `warnings` has a sentence per group punished for being named."""
 
     name: str
-    overall: Cell
-    by_group: dict[str, Cell]
-    by_functionality: dict[str, Cell]
+    overall: ErrorRates
+    by_group: dict[str, ErrorRates]
+    by_functionality: dict[str, ErrorRates]
     mentions: list[Mention]
     warnings: list[str]
 
@@ -95,16 +95,16 @@ def audit_scorer(name: str, toxicity: np.ndarray, cases: Cases, functionalities:
     groups = np.array([NO_GROUP if group is None else group for group in cases.groups])
     kinds = np.array(cases.functionalities or [])
 
-    def cell(chosen: np.ndarray) -> Cell:
-        return _cell(cases.toxic[chosen], toxicity[chosen])
+    def errors(chosen: np.ndarray) -> ErrorRates:
+        return _error_rates(cases.toxic[chosen], toxicity[chosen])
 
     mere = ~cases.toxic & np.isin(kinds, functionalities) if functionalities else ~cases.toxic
     mentions = _mentions(toxicity[mere] >= TOXIC_THRESHOLD, groups[mere])
     return ScorerAudit(
         name=name,
-        overall=cell(np.ones(len(groups), dtype=bool)),
-        by_group={group: cell(groups == group) for group in group_order(groups)},
-        by_functionality={kind: cell(kinds == kind) for kind in dict.fromkeys(kinds.tolist())},
+        overall=errors(np.ones(len(groups), dtype=bool)),
+        by_group={group: errors(groups == group) for group in group_order(groups)},
+        by_functionality={kind: errors(kinds == kind) for kind in dict.fromkeys(kinds.tolist())},
         mentions=mentions,
         warnings=[
             sentence for mention in mentions if (sentence := _warning(name, mention, mention_kind(functionalities)))
@@ -138,10 +138,10 @@ def criterion(functionalities: Sequence[str]) -> str:
     )
 
 
-def _cell(toxic: np.ndarray, toxicity: np.ndarray) -> Cell:
+def _error_rates(toxic: np.ndarray, toxicity: np.ndarray) -> ErrorRates:
     judged = toxicity >= TOXIC_THRESHOLD
     both = bool(toxic.any() and not toxic.all())
-    return Cell(
+    return ErrorRates(
         cases=len(toxic),
         false_positive=proportion(int((judged & ~toxic).sum()), int((~toxic).sum())),
         false_negative=proportion(int((~judged & toxic).sum()), int(toxic.sum())),

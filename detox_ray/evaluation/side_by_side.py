@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from detox_ray.errors import DataError
-from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
+from detox_ray.evaluation.comparison import EvaluationProtocol, compare, write_evaluation
 from detox_ray.evaluation.evaluation_file import read_evaluation
 from detox_ray.evaluation.responses import WORDS, ScoredResponses, align, read_generations, systems_of
+from detox_ray.metrics_file import GENERATIONS_FILE
 
 
 def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
     _require_equal(folders, evaluations, "sampling")
     systems: list[ScoredResponses] = []
     for folder, evaluation in zip(folders, evaluations, strict=True):
-        for system in systems_of(read_generations(folder / "generations.parquet")):
+        for system in systems_of(read_generations(folder / GENERATIONS_FILE)):
             if systems and system.name == evaluation["reference"]:
                 continue
             systems.append(_restricted(system, scorers, _free_name(system.name, folder, systems)))
@@ -48,7 +49,7 @@ def compare_folders(folders: Sequence[Path], output: Path, resamples: int = 2000
     units = {other.get("counted_in") for other in evaluations}
     counted_in = units.pop() if len(units) == 1 else WORDS
     read_by = first["perplexity_model"], first["relevance_model"]
-    protocol = Protocol(scorers, first["seed"], resamples, *read_by, counted_in)
+    protocol = EvaluationProtocol(scorers, first["seed"], resamples, *read_by, counted_in)
     evaluation = compare(systems, protocol)
     if sampled := [other["sampling"] for other in evaluations if "sampling" in other]:
         evaluation["sampling"] = sampled[0]

@@ -57,7 +57,7 @@ _LOSSES = {
 
 
 def cautions(evaluation: Evaluation, system: str) -> list[str]:
-    """What a system lost against the reference, and who does not see its gain, a sentence each; empty when nothing."""
+    """What a system lost against the reference, and who does not see its gain, one sentence each; empty if nothing."""
     reference = evaluation["reference"]
     ratios = {name: ratio(evaluation, system, name) for name in FLUENCY_BOUNDS}
     found = [

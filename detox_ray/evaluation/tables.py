@@ -154,7 +154,7 @@ def agreement_table(evaluation: Evaluation) -> Table | None:
 
 
 def system_columns(evaluation: Evaluation) -> tuple[Column, ...]:
-    """A heading a system: before and after for two, with their names where these say more."""
+    """One heading per system: before and after for two, with their names where these say more."""
     names = systems(evaluation)
     if len(names) != 2:
         return tuple(Column(name, colour=place) for place, name in enumerate(names))

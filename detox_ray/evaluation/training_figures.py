@@ -1,4 +1,4 @@
-"""The curves of a training: of metrics.jsonl, a line a step, and of evaluations.jsonl, a line an evaluation."""
+"""The curves of a training: of metrics.jsonl, a line per step, and of evaluations.jsonl, a line per evaluation."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from detox_ray.evaluation.figures import SYSTEM_COLOURS, Figure, finished
+from detox_ray.evaluation.figures import SYSTEM_COLOURS, Figure, page_figure
 from detox_ray.evaluation.reward_hacking import RewardJudgeGap
 
 _REWARD_COLOUR, _JUDGE_COLOUR = SYSTEM_COLOURS[2], SYSTEM_COLOURS[1]
@@ -18,11 +18,11 @@ def training_curves(lines: Lines) -> list[Figure]:
     """The curves that the lines of metrics.jsonl have data for, by step; none for a run without training steps."""
     makers: tuple[Callable[[Lines], Figure | None], ...] = (
         _reward,
-        lambda rows: _single(rows, "loss", "Loss", "nats a response token"),
-        lambda rows: _single(rows, "dev_loss", "Loss on the dev examples", "nats a response token"),
+        lambda rows: _single(rows, "loss", "Loss", "nats per response token"),
+        lambda rows: _single(rows, "dev_loss", "Loss on the dev examples", "nats per response token"),
         lambda rows: _single(rows, "kl", "KL to the reference policy", "nats"),
         lambda rows: _single(rows, "response_length", "Response length", "tokens"),
-        lambda rows: _single(rows, "entropy", "Entropy of the policy", "nats a token"),
+        lambda rows: _single(rows, "entropy", "Entropy of the policy", "nats per token"),
         _logprob_gap,
         _time_split,
     )
@@ -64,7 +64,7 @@ def _gap(gap: RewardJudgeGap) -> Figure:
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="share of largest change")
     sentence = f"Gap {gap.gap[-1]:+.2f} at step {gap.steps[-1]}: 0 means that reward and judge improved alike."
-    return finished("gap", "Reward against judge", sentence, figure)
+    return page_figure("gap", "Reward against judge", sentence, figure)
 
 
 def _reward(lines: Lines) -> Figure | None:
@@ -83,7 +83,7 @@ def _reward(lines: Lines) -> Figure | None:
                     "dash": "solid" if whole else "dot",
                 },
             )
-    return _curve("reward", "Reward", "reward a response", figure, lines, "reward")
+    return _curve("reward", "Reward", "reward per response", figure, lines, "reward")
 
 
 def _logprob_gap(lines: Lines) -> Figure | None:
@@ -101,7 +101,7 @@ def _logprob_gap(lines: Lines) -> Figure | None:
     within_two_decades = bool(gaps) and max(gaps) < 100 * min(gaps)
     figure.update_yaxes(type="log", exponentformat="power", dtick="D2" if within_two_decades else 1)
     return _curve(
-        "logprob_gap", "Rollout engine against learner", "|Δ log p|, nats a token", figure, lines, "logprob_gap_mean"
+        "logprob_gap", "Rollout engine against learner", "|Δ log p|, nats per token", figure, lines, "logprob_gap_mean"
     )
 
 
@@ -118,7 +118,7 @@ def _time_split(lines: Lines) -> Figure | None:
     figure.update_layout(barmode="stack", bargap=0.05, legend_traceorder="normal")
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="seconds", rangemode="tozero")
-    return finished("time", "Where the time went", f"In all: {', '.join(totals)}.", figure)
+    return page_figure("time", "Where the time went", f"In all: {', '.join(totals)}.", figure)
 
 
 def _single(lines: Lines, key: str, title: str, unit: str, prefix: str = "") -> Figure | None:
@@ -136,7 +136,7 @@ def _curve(identity: str, title: str, unit: str, figure: go.Figure, lines: Lines
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text=unit)
     figure.update_traces(mode="lines" if len(x) > 1 else "markers")
-    return finished(identity, title, f"From {y[0]:.3g} at step {x[0]} to {y[-1]:.3g} at step {x[-1]}.", figure)
+    return page_figure(identity, title, f"From {y[0]:.3g} at step {x[0]} to {y[-1]:.3g} at step {x[-1]}.", figure)
 
 
 def _points(lines: Lines, key: str) -> tuple[list[Any], list[float]]:

@@ -1,4 +1,4 @@
-"""The folder a file is scored into: one Parquet file a part, and what is being scored by what."""
+"""The folder a file is scored into: one Parquet file per part, and what is being scored by what."""
 
 import fcntl
 import json
@@ -20,7 +20,6 @@ JOB_FILE = "_scoring.json"
 SUMMARY_FILE = "_summary.json"
 SCRATCH_PREFIX = ".writing-"
 STATISTICS_KEY = b"detox_ray"
-TOXIC_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import pyarrow as pa
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.data.tables import MAX_CHARACTERS, to_python
-from detox_ray.errors import RewardError
+from detox_ray.evaluation.metrics import TOXIC_THRESHOLD
+from detox_ray.evaluation.responses import SCORE_PREFIX
 from detox_ray.rewards.classifiers import Classifier, load_classifier
-from detox_ray.scoring.folder import TOXIC_THRESHOLD, PartStatistics, ScoredFolder
+from detox_ray.scoring.folder import PartStatistics, ScoredFolder
 
-SCORE_PREFIX = "toxicity/"
 DISAGREEMENT = "disagreement"
 
 
@@ -73,8 +73,6 @@ class PartScorer:
         for classifier in self._classifiers:
             found = classifier.read(texts)
             scores[classifier.name] = np.asarray(found.toxicity, dtype=np.float64)
-            if scores[classifier.name].shape != (len(texts),) or not np.isfinite(scores[classifier.name]).all():
-                raise RewardError(f"classifier {classifier.name!r} did not return a number for every text")
             if long := int((found.windows > 1).sum()):
                 noted[f"text read by {classifier.name} in several windows"] = long
         for name, values in scores.items():
@@ -93,7 +91,7 @@ class PartScorer:
         if any(config.kind != "linear" for config in self._configs):
             import torch
 
-            # One thread an actor: two beside another busy process are slower than one.
+            # One thread per actor: two beside another busy process are slower than one.
             torch.set_num_threads(1)
         self._classifiers = [
             load_classifier(config, device="cpu" if config.num_gpus == 0 else None) for config in self._configs

@@ -24,15 +24,16 @@ from detox_ray.classifier_config import ClassifierConfig, make_classifier_absolu
 from detox_ray.cluster import ray_session
 from detox_ray.config import RayConfig
 from detox_ray.config_section import is_fraction_above_one
-from detox_ray.data.tables import FileSurvey, described, read_tables, require_columns, survey
+from detox_ray.data.tables import FileSurvey, left_out_text, read_tables, require_columns, survey
 from detox_ray.errors import ConfigError, DataError, DetoxError, RewardError, last_line
+from detox_ray.evaluation.responses import SCORE_PREFIX
 from detox_ray.metrics_file import write_atomically
 from detox_ray.placement import Capacity
 from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.rewards.revision import model_revision
 from detox_ray.run_folder import CLASSIFIER_MAY_CHANGE
 from detox_ray.scoring.folder import SUMMARY_FILE, ScoredFolder
-from detox_ray.scoring.part_scorer import DISAGREEMENT, SCORE_PREFIX, PartScorer
+from detox_ray.scoring.part_scorer import DISAGREEMENT, PartScorer
 from detox_ray.scoring.summary import summarize, summary_table
 from detox_ray.terminal import Terminal
 
@@ -94,7 +95,7 @@ def score_file(
     job = _Job(path, file, text_column, classifiers, folder)
     with folder.opened(job.identity):
         done = sum(part.rows for part in folder.finished().values())
-        terminal.stage(f"{file.rows:,} rows{described(file.left_out)}{f', {done:,} scored before' if done else ''}")
+        terminal.stage(f"{file.rows:,} rows{left_out_text(file.left_out)}{f', {done:,} scored before' if done else ''}")
         rows_per_s = None
         if done < file.rows:
             rows_per_s = _score_parts(job, workers, ray, terminal)

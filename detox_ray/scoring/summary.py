@@ -35,7 +35,7 @@ def summarize(parts: dict[int, PartStatistics]) -> dict[str, Any]:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """A line a scorer, with what was left out and noted below."""
+    """One line per scorer, with what was left out and noted below."""
     speed = f", {summary['rows_per_s']:,.0f} rows/s" if summary["rows_per_s"] else ""
     remarks = [f"left out: {count:,} {reason}" for reason, count in summary["left_out"].items()]
     remarks += [f"{count:,} {reason}" for reason, count in summary["noted"].items()]

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from analysed_run import PROMPTS, PlainModels, WordJudge, all_rows, make_run, row, save_random_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from detox_ray.config import PolicyConfig
 from detox_ray.errors import ConfigError, DataError, ModelError
@@ -165,6 +165,7 @@ def test_token_statistics_do_not_depend_on_the_batch(tiny_model):
 def test_a_token_that_cannot_follow_has_no_part_in_the_entropy():
     class Fixed:
         device = torch.device("cpu")
+        config = PretrainedConfig(is_encoder_decoder=False)
 
         def __call__(self, input_ids, use_cache):
             logits = torch.tensor([0.0, 0.0, -torch.inf]).expand(*input_ids.shape, 3)

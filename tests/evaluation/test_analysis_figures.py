@@ -119,8 +119,8 @@ def test_sentences_say_what_moved_and_what_did_not(analysis):
     summary = analysis_section(analysis).summary
     interval_text = f"(95% interval {MINUS}2.10 to {MINUS}1.90)"
     assert summary == [
-        f"The log-probability of base's toxic responses under tuned fell by 2.00 nats a token {interval_text}.",
-        f"The entropy of tuned along its own responses did not change reliably: {MINUS}0.05 nats a token "
+        f"The log-probability of base's toxic responses under tuned fell by 2.00 nats per token {interval_text}.",
+        f"The entropy of tuned along its own responses did not change reliably: {MINUS}0.05 nats per token "
         f"(95% interval {MINUS}0.15 to +0.05).",
         "The prompt's share of the attribution under tuned rose by 0.25 (95% interval +0.15 to +0.35).",
     ]
@@ -137,10 +137,10 @@ def test_tables_hold_the_numbers(analysis):
     assert [column.label for column in measures.columns] == ["Measure", "base", "tuned", "change, tuned"]
     cells = {row.label: row.cells for row in measures.rows}
     assert all(len(row) == 3 for row in cells.values())
-    toxic = cells["Log-probability of base's toxic responses (20), nats a token"]
+    toxic = cells["Log-probability of base's toxic responses (20), nats per token"]
     assert toxic[2] == Cell(f"{MINUS}2.00", f"{MINUS}2.10 to {MINUS}1.90")
-    assert cells["Log-probability of base's civil responses (0), nats a token"] == (Cell("n/a"),) * 3
-    assert measures.rows[0].label == "Log-probability of base's responses (20), nats a token"
+    assert cells["Log-probability of base's civil responses (0), nats per token"] == (Cell("n/a"),) * 3
+    assert measures.rows[0].label == "Log-probability of base's responses (20), nats per token"
     assert cells["Attribution entropy over the prompt"][2] == Cell("+0.00", f"{MINUS}0.10 to +0.10")
     assert "3 empty response" in measures.note
     assert "8 of them" in measures.note

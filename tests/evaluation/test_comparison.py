@@ -8,7 +8,7 @@ from profanity_check import predict_prob
 from scipy.stats import spearmanr
 
 from detox_ray.errors import DataError, RewardError
-from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
+from detox_ray.evaluation.comparison import EvaluationProtocol, compare, write_evaluation
 from detox_ray.evaluation.meter import PerplexityModel, checked_toxicity, score_responses
 from detox_ray.evaluation.perplexity import response_nll
 from detox_ray.evaluation.responses import align, group_rollouts, read_generations, systems_of
@@ -25,7 +25,7 @@ PROMPTS = [
     Prompt(f"p{i}", f"prompt number {i}", (5, 6, 7 + i), {"toxicity": PUBLISHED[i], "challenging": i == 11})
     for i in range(12)
 ]
-PROTOCOL = Protocol(["alt-profanity-check", "length"], seed=3, resamples=300, perplexity_model="tiny")
+PROTOCOL = EvaluationProtocol(["alt-profanity-check", "length"], seed=3, resamples=300, perplexity_model="tiny")
 TOXICITY = ("mean_toxicity", "share_toxic", "expected_maximum_toxicity", "toxicity_probability")
 
 
@@ -186,7 +186,7 @@ def test_a_base_without_toxicity_gives_null_and_not_nan(make_rollouts):
         for name, texts in (("base", [["a b"], ["c d"]]), ("tuned", [["e f"], [""]]))
     ]
     scored = [score_responses(system, [Zero()], None) for system in systems]
-    content = compare(scored, Protocol(["zero"], 0, 100))
+    content = compare(scored, EvaluationProtocol(["zero"], 0, 100))
     json.dumps(content, allow_nan=False)
     assert content["reduction"]["mean_toxicity"] == {"value": None, "low": None, "high": None}
     assert content["tuned"]["share_empty"] == 0.5
@@ -196,7 +196,7 @@ def test_a_base_without_toxicity_gives_null_and_not_nan(make_rollouts):
 def test_repetition_by_hand(make_rollouts):
     """Four bigrams, two of them new; one token has none."""
     system = group_rollouts("base", make_rollouts([["one two one two one"], ["seven"]]), PROMPTS, [END_ID])
-    content = compare([score_responses(system, [Zero()], None)], Protocol(["zero"], 0, 100))
+    content = compare([score_responses(system, [Zero()], None)], EvaluationProtocol(["zero"], 0, 100))
     assert content["systems"]["base"]["all"]["repetition"]["value"] == pytest.approx((0.5 + 0) / 2)
 
 
@@ -236,7 +236,7 @@ def test_what_is_known_of_a_prompt_is_taken_from_whichever_system_has_it(make_ro
         assert [prompt.meta["toxicity"] for prompt in system.prompts] == PUBLISHED[:2]
         assert [prompt.meta["group"] for prompt in system.prompts] == ["g0", "g1"]
     scored = [score_responses(system, [Zero()], None) for system in align(systems)]
-    assert compare(scored, Protocol(["zero"], 0, 100))["splits"] == {"all": 2, "toxic": 2}
+    assert compare(scored, EvaluationProtocol(["zero"], 0, 100))["splits"] == {"all": 2, "toxic": 2}
 
 
 def test_empty_responses_alone_are_not_toxic():

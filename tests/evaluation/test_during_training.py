@@ -12,7 +12,7 @@ from light_judge import LightJudge
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import SyncError
-from detox_ray.evaluation.comparison import Protocol, compare
+from detox_ray.evaluation.comparison import EvaluationProtocol, compare
 from detox_ray.evaluation.during_training import HeldoutEvaluation, Judge
 from detox_ray.evaluation.meter import score_responses
 from detox_ray.evaluation.responses import group_rollouts
@@ -37,7 +37,7 @@ def test_the_numbers_are_those_of_the_final_table(make_rollouts, texts):
     line = Judge(JUDGE).judged(rollouts, first.adapter_version, 3, 0.5)
     prompts = [Prompt(r.prompt_id, r.prompt_text, ()) for r in rollouts]
     scored = score_responses(group_rollouts("tuned", rollouts, prompts, [1]), [load_classifier(JUDGE)], None)
-    metrics = compare([scored], Protocol(["judge"], 0, 10))["systems"]["tuned"]["all"]
+    metrics = compare([scored], EvaluationProtocol(["judge"], 0, 10))["systems"]["tuned"]["all"]
     for name in ("mean_toxicity", "share_toxic", "mean_length"):
         assert line[name] == pytest.approx(metrics[name]["value"])
     assert line["mean_length"] == np.mean([len(r.text.split()) for r in rollouts])

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -6,7 +7,7 @@ import pytest
 from report_folder import write_folder
 
 from detox_ray.evaluation.evaluation_file import read_evaluation
-from detox_ray.evaluation.figures import bucket_flow_chart, perplexity_scatter, toxicity_histogram
+from detox_ray.evaluation.figures import bucket_flow_chart, error_bars, perplexity_scatter, toxicity_histogram
 from detox_ray.evaluation.paired_responses import PairedResponses, bucket_flows, share_on_different_sides
 
 pytestmark = pytest.mark.unit
@@ -85,6 +86,12 @@ def test_scatter_has_a_point_with_intervals_a_system_and_arrows_from_the_referen
     assert len(spec(perplexity_scatter(content))["data"]) == 2
     del content["systems"]["sft"]["all"]["perplexity"]
     assert perplexity_scatter(content) is None
+
+
+def test_error_bars_reach_from_the_value_to_the_ends():
+    """No bar where an end is unknown or, as in a percentile interval, on the wrong side of the value."""
+    bars = error_bars([(0.5, 0.25, 1.0), (0.5, 0.75, 1.0), (0.5, None, math.nan)])
+    assert (bars["array"], bars["arrayminus"]) == ([0.5, 0.5, None], [0.25, 0.0, None])
 
 
 def test_share_on_different_sides_by_hand():

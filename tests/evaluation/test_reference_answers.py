@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from detox_ray.evaluation.comparison import Protocol, compare
+from detox_ray.evaluation.comparison import EvaluationProtocol, compare
 from detox_ray.evaluation.metric_format import TIMES
 from detox_ray.evaluation.reference_answers import baselines, rouge
 from detox_ray.evaluation.responses import ScoredResponses, SystemResponses, generations_table, systems_of
@@ -61,7 +61,7 @@ def test_the_table_has_every_system_and_the_first_utterance() -> None:
     # The files hold all that the comparison takes.
     again = systems_of(generations_table(systems))
     for scored in (systems, again):
-        evaluation = compare(scored, Protocol(["judge"], seed=0, resamples=200))
+        evaluation = compare(scored, EvaluationProtocol(["judge"], seed=0, resamples=200))
         assert evaluation["splits"] == {"all": 2, "toxic": 1, "referenced": 1}
         assert evaluation["systems"]["base"]["all"]["rouge1"]["value"] == pytest.approx(2 / 3)
         assert evaluation["systems"]["tuned"]["referenced"]["rouge1"]["value"] == 1

@@ -18,7 +18,7 @@ from report_folder import (
 from report_page import Page, specs, visible
 
 from detox_ray.errors import DataError
-from detox_ray.evaluation.comparison import Protocol, compare, write_evaluation
+from detox_ray.evaluation.comparison import EvaluationProtocol, compare, write_evaluation
 from detox_ray.evaluation.evaluation_file import read_evaluation
 from detox_ray.evaluation.metric_format import TIMES, format_percent_change, format_value
 from detox_ray.evaluation.paired_responses import bucket_flows, read_paired_responses
@@ -134,7 +134,7 @@ def test_what_the_meter_writes_is_shown(make_rollouts, tmp_path):
         responses = group_rollouts(name, make_rollouts(texts), prompts)
         toxicity = np.array([[0.9 if "fool" in text else 0.1 for text in of_prompt] for of_prompt in texts])
         systems.append(ScoredResponses(responses, {JUDGE: toxicity, OTHER: toxicity / 2}))
-    evaluation = compare(systems, Protocol([JUDGE, OTHER], seed=1, resamples=200))
+    evaluation = compare(systems, EvaluationProtocol([JUDGE, OTHER], seed=1, resamples=200))
     write_evaluation(tmp_path, evaluation, systems)
     text = visible(write_report(tmp_path).read_text())
     for system, share in (("base", "50.0%"), ("sft", "25.0%"), ("rlaf", "8.3%")):

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from detox_ray.data.response_file import ONLY_SYSTEM, SystemAnswers, read_responses
+from detox_ray.data.response_file import ONLY_SYSTEM, ResponseTexts, read_responses
 from detox_ray.evaluation.responses import SystemResponses, word_ids
 from detox_ray.meter_config import SystemConfig
 from detox_ray.records import Prompt, Rollout
 
 
 @dataclass(frozen=True)
-class AnswersFile:
+class PublishedSystem:
     """A system's responses and the file's own scores of them: scorer -> [P, S] in [0, 1]."""
 
     responses: SystemResponses
     scores: dict[str, np.ndarray]
 
 
-def read_answers(
+def read_systems(
     system: SystemConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[AnswersFile], dict[str, int]]:
+) -> tuple[list[PublishedSystem], dict[str, int]]:
     """The systems whose responses a file holds, and what was left out or is worth a word, by reason.
 
     Responses are counted in the tokens of `tokenizer`, without one in words.
@@ -33,18 +33,18 @@ def read_answers(
     assert system.responses is not None
     file = read_responses(system.responses, system.columns)
     systems = [
-        AnswersFile(_responses(system.name if name == ONLY_SYSTEM else name, answers, tokenizer), answers.scores)
-        for name, answers in file.systems.items()
+        PublishedSystem(_responses(system.name if name == ONLY_SYSTEM else name, texts, tokenizer), texts.scores)
+        for name, texts in file.systems.items()
     ]
     return systems, file.left_out | file.noted
 
 
-def _responses(name: str, answers: SystemAnswers, tokenizer: PreTrainedTokenizerBase | None) -> SystemResponses:
-    texts = [text for samples in answers.responses for text in samples]
-    ids = iter(_token_ids(texts, tokenizer))
+def _responses(name: str, texts: ResponseTexts, tokenizer: PreTrainedTokenizerBase | None) -> SystemResponses:
+    flat = [text for samples in texts.responses for text in samples]
+    ids = iter(_token_ids(flat, tokenizer))
     prompts, rollouts = [], []
-    for index, (text, samples) in enumerate(zip(answers.prompts, answers.responses, strict=True)):
-        meta = {} if answers.prompt_scores is None else {"toxicity": float(answers.prompt_scores[index])}
+    for index, (text, samples) in enumerate(zip(texts.prompts, texts.responses, strict=True)):
+        meta = {} if texts.prompt_scores is None else {"toxicity": float(texts.prompt_scores[index])}
         prompt = Prompt(hashlib.sha256(text.encode()).hexdigest()[:16], text, (), meta)
         prompts.append(prompt)
         rollouts.append([_rollout(prompt, response, next(ids)) for response in samples])
