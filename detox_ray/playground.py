@@ -24,7 +24,12 @@ from detox_ray.records import Prompt
 from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.run_folder import RunFolder
 from detox_ray.serving.api_config import HttpConfig
-from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_until_stopped
+from detox_ray.serving.foreground import (
+    check_replaces_nothing,
+    deleted_at_the_end,
+    serve_session,
+    wait_until_stopped,
+)
 from detox_ray.serving.playground.cards import Scorer, SystemLabel
 from detox_ray.serving.playground.engine import EngineSetup
 from detox_ray.serving.playground.prompts import OfferedPrompt
@@ -34,6 +39,7 @@ from detox_ray.sft_config import SFTConfig, parse_run_config
 from detox_ray.terminal import Terminal
 
 APP_NAME = "playground"
+ROUTE = "/"
 OFFERED_PROMPTS = 500
 PAGE_TIMEOUT_S = 180.0
 QUANTIZATION = {"none": "not quantised", "int8": "int8", "nf4": "NF4"}
@@ -79,15 +85,16 @@ def playground(
         check_adapter(config.policy.model_copy(update={"adapter": str(path)}))
     setup = page_setup(run, given, list(adapters), offered_prompts(run, config, prompts, text_column))
 
+    from detox_ray.serving.deploy import deploy_in_background, wait_until_running
     from detox_ray.serving.playground.app import build_playground
-    from detox_ray.serving.reward_app import deploy_in_background, wait_until_running
 
     with serve_session(config.ray, http.host, http.port, request_timeout_s=None) as address:
+        check_replaces_nothing(APP_NAME, ROUTE)
         engine = engine_setup(config, tuple(adapters.values()))
         reward = RewardConfig(classifiers=[for_one_reader(scorer) for scorer in scorers])
         app = build_playground(setup, engine, reward)
         with deleted_at_the_end(APP_NAME):
-            deploy_in_background(app, APP_NAME, "/")
+            deploy_in_background(app, APP_NAME, ROUTE)
             wait_for_page(address)
             terminal.stage(f"{address} (the models are still loading)")
             wait_until_running(APP_NAME)
