@@ -98,7 +98,7 @@ def check_replaces_nothing(app_name: str, route_prefix: str) -> None:
         if name == app_name or app["route_prefix"] == route_prefix:
             raise ConfigError(
                 f"Serve on this Ray already has the app {name!r} at {app['route_prefix']}: stop it where it was "
-                f"started or with serve.delete({name!r}), or unset RAY_ADDRESS and ray.address to start a Ray of your own"
+                f"started or with serve.delete({name!r}), or unset RAY_ADDRESS and ray.address for a Ray of your own"
             )
 
 
