@@ -125,7 +125,7 @@ def _why_not_vllm(architecture: str, num_gpus: float) -> str | None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return NOT_INSTALLED
-    if num_gpus == 0 and not _is_built_for_cpu():
+    if num_gpus == 0 and not is_built_for_cpu():
         return "the vLLM installed is the build for GPUs, and rollout.num_gpus=0"
     source = (Path(spec.origin).parent / "model_executor" / "models" / "registry.py").read_text(encoding="utf-8")
     served = source.partition("_PREVIOUSLY_SUPPORTED_MODELS")[0]
@@ -136,7 +136,7 @@ def _why_not_vllm(architecture: str, num_gpus: float) -> str | None:
     return None
 
 
-def _is_built_for_cpu() -> bool:
+def is_built_for_cpu() -> bool:
     """What vLLM itself goes by: its build for CPUs is another package, or has "cpu" in its version."""
     try:
         return "cpu" in version("vllm")

@@ -44,7 +44,7 @@ def test_vllm_built_for_gpus_is_not_given_one_that_the_configuration_does_not_gi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("vllm.version", reason="vLLM is not installed")
-    monkeypatch.setattr(engine, "_is_built_for_cpu", lambda: False)
+    monkeypatch.setattr(engine, "is_built_for_cpu", lambda: False)
     kind, _, reason = choose_engine(RolloutConfig(), "LlamaForCausalLM")
     assert (kind, reason) == ("transformers", "the vLLM installed is the build for GPUs, and rollout.num_gpus=0")
     assert choose_engine(RolloutConfig(num_gpus=1), "LlamaForCausalLM")[0] == "vllm"
