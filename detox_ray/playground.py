@@ -22,6 +22,7 @@ from detox_ray.policy.load import load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
 from detox_ray.records import Prompt
 from detox_ray.rewards.classifiers import check_classifier
+from detox_ray.run_adapters import named_adapters
 from detox_ray.run_folder import RunFolder
 from detox_ray.serving.api_config import HttpConfig
 from detox_ray.serving.foreground import (
@@ -35,7 +36,7 @@ from detox_ray.serving.playground.engine import EngineSetup
 from detox_ray.serving.playground.prompts import OfferedPrompt
 from detox_ray.serving.playground.request import LONGEST_ANSWER_TOKENS
 from detox_ray.serving.playground.setup import Missing, PageSetup
-from detox_ray.sft_config import SFTConfig, parse_run_config
+from detox_ray.sft_config import parse_run_config
 from detox_ray.terminal import Terminal
 
 APP_NAME = "playground"
@@ -80,7 +81,7 @@ def playground(
     scorers = [*config.reward.classifiers, config.evaluation.judge]
     for scorer in scorers:
         check_classifier(scorer)
-    adapters = systems_of(run, config)
+    adapters = named_adapters(run, config)
     for path in adapters.values():
         check_adapter(config.policy.model_copy(update={"adapter": str(path)}))
     setup = page_setup(run, given, list(adapters), offered_prompts(run, config, prompts, text_column))
@@ -115,13 +116,6 @@ def wait_for_page(address: str) -> None:
                 return
         time.sleep(0.1)
     raise DetoxError(f"the page at {address} did not come within {PAGE_TIMEOUT_S:g} s; see the logs of Ray Serve")
-
-
-def systems_of(run: RunFolder, config: Config | SFTConfig) -> dict[str, Path]:
-    """The adapters of a run by what its user calls them: the one it started from, and the one it made."""
-    started, made = ("Fine-tuned", "RLAF") if isinstance(config, Config) else ("Before", "Fine-tuned")
-    found = {started: Path(config.policy.adapter)} if config.policy.adapter is not None else {}
-    return found | ({made: run.adapter} if run.adapter.exists() else {})
 
 
 def engine_setup(config: Config, adapters: tuple[Path, ...]) -> EngineSetup:
