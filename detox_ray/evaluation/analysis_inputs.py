@@ -18,7 +18,7 @@ from peft import PeftModel
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
 from detox_ray.data.lab import resolve_lab
 from detox_ray.data.templates import start_ids
-from detox_ray.errors import DataError, ModelError
+from detox_ray.errors import DataError, ModelError, one_line
 from detox_ray.metrics_file import ADAPTER_FOLDER, EVALUATION_FILE, FINE_TUNING_FILE
 from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE
 from detox_ray.policy.adapter_weights import put_adapters
@@ -187,7 +187,7 @@ def read_generations(path: Path, systems: Sequence[str]) -> pa.Table:
             raise DataError(f"{path} lacks the columns {', '.join(missing)}: evaluate the run again")
         table = pq.read_table(path, columns=_COLUMNS)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{path} is not a readable Parquet file: {one_line(error)}") from None
     there = table.column("system").unique().to_pylist()
     if absent := [system for system in systems if system not in there]:
         raise DataError(f"{path} has no responses of {absent[0]!r}; it has those of {', '.join(map(repr, there))}")
