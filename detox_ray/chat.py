@@ -14,10 +14,10 @@ from detox_ray.config import Config, RolloutConfig
 from detox_ray.data.lab import with_lab
 from detox_ray.data.templates import DialogueTemplate
 from detox_ray.errors import ConfigError
-from detox_ray.playground import systems_of
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
 from detox_ray.policy.systems import Systems
+from detox_ray.run_adapters import named_adapters
 from detox_ray.run_folder import RunFolder
 from detox_ray.sft_config import SFTConfig, parse_run_config
 from detox_ray.terminal import Terminal
@@ -44,7 +44,7 @@ class Chat:
             ModelError, ConfigError: a model cannot be loaded, or the template does not fit the tokenizer.
         """
         policy, data = config.policy, config.data
-        adapters = systems_of(run, config)
+        adapters = named_adapters(run, config)
         for path in adapters.values():
             check_adapter(policy.model_copy(update={"adapter": str(path)}))
         self.speakers = [Speaker(name) for name in ("Base", *adapters)]

@@ -20,8 +20,8 @@ CIVIL_LABELS = {
 class Calibration(Section):
     """score -> (score - mean) / std, cut at 10 either way, so that members of an ensemble have one scale."""
 
-    mean: float = 0.0
-    std: float = Field(1.0, gt=0)
+    mean: float = Field(0.0, description="of the raw scores it was fitted on")
+    std: float = Field(1.0, gt=0, description="their standard deviation")
 
 
 class PerspectiveConfig(Section):
@@ -60,7 +60,9 @@ class PerspectiveConfig(Section):
 class ClassifierConfig(Section):
     """A toxicity classifier. Its score is signed so that less toxic is higher, whatever `label` means."""
 
-    name: Annotated[str, AfterValidator(lambda v: v.strip())] = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: Annotated[str, AfterValidator(lambda v: v.strip())] = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="in metrics, tables and answers of the service"
+    )
     kind: Literal["transformers", "linear", "perspective", "evaluate"] = Field(
         description="a sequence classifier; texts -> probabilities on the CPU; Perspective API, or a server that "
         "speaks it; the toxicity measurement of `evaluate`"
@@ -69,7 +71,7 @@ class ClassifierConfig(Section):
         description="transformers, evaluate: folder or hub id; linear: `package.module:function`, or a folder the lab "
         "made; perspective: leave it"
     )
-    revision: str | None = None
+    revision: str | None = Field(None, description="commit or tag, when the model is a hub id")
     label: str | int = Field(
         "toxic",
         description="label to read, by name or index (linear models have one: leave it); perspective: the attribute "

@@ -27,6 +27,7 @@ TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/laptop.yaml")]
 INTERRUPTED = 130  # the exit code that Typer makes of Ctrl-C
+LARGEST_SEED = 2**31 - 1
 CalibrationMethod = Literal["auto", "none", "temperature", "isotonic"]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as ppo.learning_rate=1e-4")]
 ScorersPath = Annotated[
@@ -135,7 +136,10 @@ def timeline(
 
 @app.command()
 def chat(
-    folder: RunPath, seed: Annotated[int, typer.Option(min=0, help="of the first answers; then one more each time")] = 0
+    folder: RunPath,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="of the first answers; then one more each time")
+    ] = 0,
 ) -> None:
     """Talk to a run's base, fine-tuned and tuned model side by side in the terminal."""
     with _loading():
@@ -171,13 +175,13 @@ def export(
 
 @app.command()
 def score(
-    texts: Annotated[list[str], typer.Argument(help="texts; - for one a line of standard input; with --output a file")],
+    texts: Annotated[list[str], typer.Argument(help="texts; - for the lines of standard input; with --output a file")],
     config: ScorersPath = None,
     output: Annotated[Path | None, typer.Option(help="score the file named instead of texts into this folder")] = None,
     text_column: Annotated[str, typer.Option(help="of the file")] = "text",
-    workers: Annotated[int | None, typer.Option(help="processes that score the file; none: one a CPU")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes that score the file; none: one per CPU")] = None,
 ) -> None:
-    """Print the toxicity of texts, a JSON object a line; or score a big file on Ray Data, which a kill only delays."""
+    """Print the toxicity of texts, a JSON object per line; or score a large file on Ray Data (resumable)."""
     found = load_scorers(config)
     from detox_ray.data.lab import resolve_lab
 
@@ -222,7 +226,7 @@ def audit(
     scorers = resolve_lab(load_scorers(config)).scorers
     with Terminal().bar("auditing", total=1) as bar:
         found = run_audit(
-            *(cases, scorers, output, columns, labels, generations), progress=lambda _, done, of: bar(done / of)
+            cases, scorers, output, columns, labels, generations, progress=lambda _, done, of: bar(done / of)
         )
     Console().print(audit_table(found))
     typer.echo(output / "audit.html")
@@ -241,7 +245,9 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="folder of the table and its report")] = Path("runs/calibration"),
     text_column: Annotated[str, typer.Option(help="a field of an object is object.field")] = "text",
     method: Annotated[CalibrationMethod, typer.Option(help="auto: the simplest that no other reliably beats")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="chooses the texts that are fitted; the others are measured")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="chooses the texts that are fitted; the others are measured")
+    ] = 0,
 ) -> None:
     """Fit the scoring service's probabilities to labelled texts, and say what they are worth before and after."""
     from detox_ray import calibration
@@ -316,7 +322,7 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    gpu_memory_gib: Annotated[float | None, typer.Option(help="of one GPU; none: that of the GPU here")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=0, help="of one GPU; none: that of the GPU here")] = None,
 ) -> None:
     """Say what a run needs of memory and of Ray, by role, and refuse one that cannot fit; loads nothing."""
     with _loading():

@@ -16,7 +16,7 @@ DialogueFormat = Literal["dialoconan", "multitarget_conan", "dialogsum", "parade
 PLACE_OF_PROMPT = "{prompt}"
 
 
-def _is_template(value: str) -> str:
+def _check_template(value: str) -> str:
     if value not in {"auto", "chat", "none"} and PLACE_OF_PROMPT not in value:
         raise ValueError(
             f"template {value!r} has no {PLACE_OF_PROMPT}: say where the prompt goes, as in "
@@ -27,7 +27,7 @@ def _is_template(value: str) -> str:
     return value
 
 
-Template = Annotated[str, AfterValidator(_is_template)]
+Template = Annotated[str, AfterValidator(_check_template)]
 
 
 class PromptSource(Section):
@@ -188,10 +188,10 @@ class RolloutConfig(Section):
         0,
         ge=0,
         le=8,
-        description="0: strictly on-policy; n: a batch may be n adapters old; 1 keeps all busy if batches take alike",
+        description="0: on-policy; n: batches may be n adapters old; 1 suffices when all batches take equally long",
     )
     max_logprob_gap: float = Field(
-        0.05, gt=0, description="stop when engine and learner differ by more than this, mean |log p|, in nats a token"
+        0.05, gt=0, description="stop when engine and learner differ by more than this, mean |log p|, in nats per token"
     )
     canary_tolerance: float | None = Field(
         None,
@@ -240,8 +240,10 @@ class ShapingConfig(Section):
 class RewardConfig(Section):
     """The ensemble of classifiers that is the reward."""
 
-    classifiers: list[ClassifierConfig] = Field(min_length=1)
-    aggregation: Literal["mean", "min", "weighted", "mean_minus_std"] = "mean"
+    classifiers: list[ClassifierConfig] = Field(min_length=1, description="the members, each with a name of its own")
+    aggregation: Literal["mean", "min", "weighted", "mean_minus_std"] = Field(
+        "mean", description="what the members' calibrated scores become; min: that of the strictest member"
+    )
     std_coefficient: float = Field(0.5, ge=0, description="lambda of mean - lambda * std (mean_minus_std)")
     text: Literal["response", "prompt_and_response"] = Field("response", description="what the classifiers read")
     shaping: ShapingConfig = ShapingConfig()
@@ -278,7 +280,7 @@ class EvaluationConfig(Section):
         calibration="none",
     )
     prompts: int = Field(200, ge=1, description="held-out prompts answered (at most data.heldout_prompts)")
-    samples_per_prompt: int = Field(4, ge=1)
+    samples_per_prompt: int = Field(4, ge=1, description="responses to each of these prompts")
     bootstrap_resamples: int = Field(2000, ge=100, description="resamples of the prompts for the 95% intervals")
     every: int = Field(0, ge=0, description="steps between evaluations during training; 0: none")
     every_prompts: int = Field(64, ge=1, description="held-out prompts answered, once each, every so many steps")
@@ -319,7 +321,7 @@ class RunSettings(Section):
         description="where a copy of the run folder is kept, such as s3://bucket/runs (any file system of pyarrow or "
         "fsspec); a run that is not in output_dir goes on from there",
     )
-    seed: int = Field(0, ge=0, le=2**31 - 1)
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of every random choice")
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
 

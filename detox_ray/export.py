@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from detox_ray.config import PolicyConfig
 from detox_ray.data.lab import resolve_lab
-from detox_ray.errors import ConfigError, ModelError
+from detox_ray.errors import ConfigError, ModelError, one_line
 from detox_ray.evaluation.run_files import published_name
 from detox_ray.policy.adapter import CONFIG_FILE, TENSOR_FILE, load_adapter
 from detox_ray.policy.architecture import language_model_class
@@ -102,7 +102,7 @@ def push_to_hub(folder: Path, repository: str, public: bool) -> str:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository)
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             f"--push-to-hub {repository}: {reason}; set HF_TOKEN to a token that may write there (the export is in "
             f"{folder})"
@@ -132,7 +132,7 @@ def merged_model(run: RunFolder, policy: PolicyConfig, on_gpu: bool, base: Base,
     try:
         merged: Any = PeftModel.from_pretrained(model, str(run.adapter)).merge_and_unload()
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ModelError(f"{run.adapter} does not fit {policy.model}: {reason}") from None
     published = model_config.dtype or torch.float32
     return merged.to(published if dtype == "auto" else getattr(torch, dtype))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-LONGEST_REASON = 200
+from detox_ray.errors import one_line
 
 
 def why_not_loaded(name: str, error: BaseException) -> str:
@@ -43,7 +43,7 @@ def why_not_loaded(name: str, error: BaseException) -> str:
             "it has no safetensors weights, and others are not read; name a revision that has them, or save it again "
             "with save_pretrained"
         )
-    return " ".join(str(error).split())[:LONGEST_REASON]
+    return one_line(error)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -42,7 +42,7 @@ class LearnerConfig(Section):
 class TrainConfig(LearnerConfig):
     """How long the learner runs, on what, and how often it saves."""
 
-    total_steps: int = Field(40, ge=1)
+    total_steps: int = Field(40, ge=1, description="PPO steps, each on one batch of responses")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
 
 

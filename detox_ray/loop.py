@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ray import serve
+
 from detox_ray.cluster import announce_shortage, ray_session
 from detox_ray.config import Config, RewardConfig
 from detox_ray.data.lab import resolve_lab
@@ -26,7 +28,7 @@ from detox_ray.run_copy import mirrored_to_storage
 from detox_ray.schedule import Schedule
 from detox_ray.serving.app_guard import end_spare_guard, guard_app
 from detox_ray.serving.controller_watch import SHORTEST_PATIENCE_S, controller_watched
-from detox_ray.serving.reward_app import delete_reward_app, deploy_reward_app
+from detox_ray.serving.reward_app import deploy_reward_app
 from detox_ray.serving.reward_client import RewardClient, fit_calibrations
 from detox_ray.serving.rollout_scorer import RolloutScorer
 from detox_ray.terminal import Terminal
@@ -115,7 +117,7 @@ def reward_app(plan: Plan, guarded: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            delete_reward_app(plan.app_name)
+            serve.delete(plan.app_name)
             end_spare_guard(plan.app_name)
 
 

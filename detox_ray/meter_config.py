@@ -48,7 +48,7 @@ class MeterConfig(Section):
 
     name: str = Field("evaluation", pattern=FOLDER_NAME, description="of the folder")
     output_dir: str = Field("runs", description="folder of evaluation folders")
-    seed: int = Field(0, ge=0, le=2**31 - 1)
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of every random choice")
     systems: list[SystemConfig] = Field(min_length=1, description="the first is what the others are compared with")
     data: DataConfig = DataConfig()
     heldout_of_run: bool = Field(False, description="only the prompts that a run with this data and seed holds out")
@@ -213,9 +213,9 @@ def meter_of_run(run: RunFolder, config: Config) -> MeterConfig:
 
 
 class ScorerList(Section):
-    """Scorers alone, the judge first."""
+    """Scorers alone."""
 
-    scorers: list[ClassifierConfig]
+    scorers: list[ClassifierConfig] = Field(description="the first is the judge")
 
 
 def load_scorers(path: str | Path | None) -> ScorerList:

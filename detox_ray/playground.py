@@ -22,18 +22,25 @@ from detox_ray.policy.load import load_model_config, load_tokenizer
 from detox_ray.policy.policy import check_adapter
 from detox_ray.records import Prompt
 from detox_ray.rewards.classifiers import check_classifier
+from detox_ray.run_adapters import named_adapters
 from detox_ray.run_folder import RunFolder
 from detox_ray.serving.api_config import HttpConfig
-from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_until_stopped
+from detox_ray.serving.foreground import (
+    check_replaces_nothing,
+    deleted_at_the_end,
+    serve_session,
+    wait_until_stopped,
+)
 from detox_ray.serving.playground.cards import Scorer, SystemLabel
 from detox_ray.serving.playground.engine import EngineSetup
 from detox_ray.serving.playground.prompts import OfferedPrompt
 from detox_ray.serving.playground.request import LONGEST_ANSWER_TOKENS
 from detox_ray.serving.playground.setup import Missing, PageSetup
-from detox_ray.sft_config import SFTConfig, parse_run_config
+from detox_ray.sft_config import parse_run_config
 from detox_ray.terminal import Terminal
 
 APP_NAME = "playground"
+ROUTE = "/"
 OFFERED_PROMPTS = 500
 PAGE_TIMEOUT_S = 180.0
 QUANTIZATION = {"none": "not quantised", "int8": "int8", "nf4": "NF4"}
@@ -74,20 +81,21 @@ def playground(
     scorers = [*config.reward.classifiers, config.evaluation.judge]
     for scorer in scorers:
         check_classifier(scorer)
-    adapters = systems_of(run, config)
+    adapters = named_adapters(run, config)
     for path in adapters.values():
         check_adapter(config.policy.model_copy(update={"adapter": str(path)}))
     setup = page_setup(run, given, list(adapters), offered_prompts(run, config, prompts, text_column))
 
+    from detox_ray.serving.deploy import deploy_in_background, wait_until_running
     from detox_ray.serving.playground.app import build_playground
-    from detox_ray.serving.reward_app import deploy_in_background, wait_until_running
 
     with serve_session(config.ray, http.host, http.port, request_timeout_s=None) as address:
+        check_replaces_nothing(APP_NAME, ROUTE)
         engine = engine_setup(config, tuple(adapters.values()))
         reward = RewardConfig(classifiers=[for_one_reader(scorer) for scorer in scorers])
         app = build_playground(setup, engine, reward)
         with deleted_at_the_end(APP_NAME):
-            deploy_in_background(app, APP_NAME, "/")
+            deploy_in_background(app, APP_NAME, ROUTE)
             wait_for_page(address)
             terminal.stage(f"{address} (the models are still loading)")
             wait_until_running(APP_NAME)
@@ -108,13 +116,6 @@ def wait_for_page(address: str) -> None:
                 return
         time.sleep(0.1)
     raise DetoxError(f"the page at {address} did not come within {PAGE_TIMEOUT_S:g} s; see the logs of Ray Serve")
-
-
-def systems_of(run: RunFolder, config: Config | SFTConfig) -> dict[str, Path]:
-    """The adapters of a run by what its user calls them: the one it started from, and the one it made."""
-    started, made = ("Fine-tuned", "RLAF") if isinstance(config, Config) else ("Before", "Fine-tuned")
-    found = {started: Path(config.policy.adapter)} if config.policy.adapter is not None else {}
-    return found | ({made: run.adapter} if run.adapter.exists() else {})
 
 
 def engine_setup(config: Config, adapters: tuple[Path, ...]) -> EngineSetup:

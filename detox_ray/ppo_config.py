@@ -26,8 +26,10 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="linear: rates fall all the way, to 1/n of them at the last of n steps"
     )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field("adamw")
-    weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="8bit: moments of one byte; paged: on a GPU, moments may move to the host's memory"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate (Loshchilov, Hutter 2019)")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
 
 
@@ -56,11 +58,13 @@ class PPOConfig(OptimizerConfig):
         "gae", description="of the advantage; only gae trains the value head"
     )
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
-    gae_lambda: float = Field(0.95, ge=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="0: one-step advantages; 1: whole returns (gae)")
     group_by_length: bool = Field(
         False, description="minibatches of rows of similar length, with less padding to compute, instead of any rows"
     )
-    whiten_advantages: bool = True
+    whiten_advantages: bool = Field(
+        True, description="advantages of a batch have mean 0 and variance 1 over its tokens"
+    )
     clip_range: float = Field(0.2, gt=0, lt=1, description="epsilon of the policy ratio")
     value_clip_range: float = Field(0.2, gt=0, description="epsilon of the value function")
     value_coefficient: float = Field(0.1, ge=0, description="weight of the value loss")

@@ -15,7 +15,7 @@ def _absolute(uri: str) -> str:
 class WandbConfig(Section):
     """A run on Weights & Biases; the key is read from WANDB_API_KEY or `wandb login`, as theirs is."""
 
-    project: str = Field("detox_ray", min_length=1)
+    project: str = Field("detox_ray", min_length=1, description="that the run is put in")
     entity: str | None = Field(None, description="user or team; none: the key's own")
     mode: Literal["online", "offline"] = Field("online", description="offline: files in RUN/wandb, for `wandb sync`")
 
@@ -26,11 +26,11 @@ class MlflowConfig(Section):
     uri: Annotated[str, AfterValidator(_absolute)] = Field(
         description="tracking URI, such as https://mlflow.example.org; a folder needs MLFLOW_ALLOW_FILE_STORE=true"
     )
-    experiment: str = Field("detox_ray", min_length=1)
+    experiment: str = Field("detox_ray", min_length=1, description="that the run is put in")
 
 
 class TrackingConfig(Section):
     """TensorBoard's files are always written, and Ray's Prometheus endpoint always has the last step."""
 
-    wandb: WandbConfig | None = None
-    mlflow: MlflowConfig | None = None
+    wandb: WandbConfig | None = Field(None, description="metrics also go to Weights & Biases")
+    mlflow: MlflowConfig | None = Field(None, description="metrics also go to an MLflow server")

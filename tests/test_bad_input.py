@@ -241,6 +241,9 @@ def test_evaluate_without_a_run(
     ("arguments", "message"),
     [
         (["score", "--workers", "many", "text"], "Invalid value for '--workers'"),
+        (["score", "--workers", "-1", "text"], "Invalid value for '--workers'"),
+        (["plan", "--gpu-memory-gib", "-1", "run.yaml"], "Invalid value for '--gpu-memory-gib'"),
+        (["chat", "--seed", str(2**64), "run"], "Invalid value for '--seed'"),
         (["calibrate", "texts.csv", "--method", "guess"], "Invalid value for '--method'"),
         (["train"], "Missing argument"),
         (["train", "--config", "x"], "No such option: --config"),

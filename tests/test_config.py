@@ -1,13 +1,16 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
 from detox_ray import ConfigError, load_config
 from detox_ray.cli import app
 from detox_ray.config_file import dump_config, parse_config, parse_section
+from detox_ray.config_section import Section
 from detox_ray.meter_config import MeterConfig, meter_config
 from detox_ray.sft_config import SFTConfig, load_sft_config
 
@@ -34,6 +37,19 @@ def test_every_shipped_config_is_valid_and_survives_a_round_trip(path: Path) -> 
 def test_every_shipped_fine_tuning_is_valid_and_survives_a_round_trip(path: Path) -> None:
     config = load_sft_config(path)
     assert parse_section(SFTConfig, yaml.safe_load(dump_config(config))) == config
+
+
+def fields_of(section: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every field of every kind of section, with its name; a field that is a section says what it is in its class."""
+    for name, field in section.model_fields.items():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            yield f"{section.__name__}.{name}", field
+    for kind in section.__subclasses__():
+        yield from fields_of(kind)
+
+
+def test_every_key_is_described() -> None:
+    assert {name for name, field in fields_of(Section) if not field.description} == set()
 
 
 def test_the_shipped_evaluation_is_valid_and_survives_a_round_trip() -> None:

@@ -13,7 +13,8 @@ from detox_ray import playground
 from detox_ray.config import Config
 from detox_ray.data.learned import write_learned
 from detox_ray.metrics_file import STEPS_FILE
-from detox_ray.playground import offered_prompts, page_setup, systems_of
+from detox_ray.playground import offered_prompts, page_setup
+from detox_ray.run_adapters import named_adapters
 from detox_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.unit
@@ -80,7 +81,7 @@ def test_a_port_that_is_none(refused: Callable[..., str], run: RunFolder) -> Non
 
 def test_a_run_without_adapter_is_the_base_alone_and_says_so(run: RunFolder) -> None:
     config = run.read_config(Config)
-    assert systems_of(run, config) == {}
+    assert named_adapters(run, config) == {}
     setup = page_setup(run, config, [], [])
     assert [system.name for system in setup.systems] == ["Base"]
     assert setup.missing is not None
@@ -92,7 +93,7 @@ def test_a_run_under_way_says_how_far_it_is_and_a_finished_one_nothing(run: RunF
     run.adapter.mkdir()
     config = run.read_config(Config)
     config = config.model_copy(update={"policy": config.policy.model_copy(update={"adapter": str(tmp_path / "sft")})})
-    assert systems_of(run, config) == {"Fine-tuned": tmp_path / "sft", "RLAF": run.adapter}
+    assert named_adapters(run, config) == {"Fine-tuned": tmp_path / "sft", "RLAF": run.adapter}
     (run.adapter / STEPS_FILE).write_text("30")
     setup = page_setup(run, config, ["Fine-tuned", "RLAF"], [])
     assert setup.missing is not None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from detox_ray.config import PLACE_OF_PROMPT
-from detox_ray.errors import ConfigError, ModelError
+from detox_ray.errors import ConfigError, ModelError, one_line
 
 PLAIN_TEMPLATE = f"Human: {PLACE_OF_PROMPT}\nAssistant: "
 
@@ -108,7 +108,7 @@ class DialogueTemplate:
             )
         except Exception as error:  # a template is code of others, and can fail in any way
             raise ModelError(
-                f"the tokenizer's chat template fails ({' '.join(str(error).split())[:120]}); "
+                f"the tokenizer's chat template fails ({one_line(error)}); "
                 f"write another, such as data.template: {json.dumps(PLAIN_TEMPLATE)}"
             ) from None
 

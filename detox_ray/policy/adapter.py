@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from detox_ray.errors import ModelError
+from detox_ray.errors import ModelError, one_line
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -73,8 +73,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         tensors = load_file(folder / TENSOR_FILE)
     except Exception as error:
         raise ModelError(
-            f"adapter {folder}: cannot be read ({' '.join(str(error).split())[:120]}); "
-            f"expected {CONFIG_FILE} and {TENSOR_FILE}"
+            f"adapter {folder}: cannot be read ({one_line(error)}); expected {CONFIG_FILE} and {TENSOR_FILE}"
         ) from None
     digest = content_digest(config, tensors)
     if (note := folder / DIGEST_FILE).exists() and note.read_text(encoding="utf-8") != digest:

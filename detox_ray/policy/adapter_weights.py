@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from detox_ray.errors import ModelError
+from detox_ray.errors import ModelError, one_line
 from detox_ray.policy.adapter import Adapter, content_digest
 
 
@@ -87,6 +87,6 @@ def put_adapters(base: PreTrainedModel, adapters: Mapping[str, Path]) -> Any:
             else:
                 model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ModelError(f"adapter {folder} does not fit {base.config.name_or_path}: {reason}") from None
     return model

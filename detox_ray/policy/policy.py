@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from detox_ray.config import PolicyConfig
-from detox_ray.errors import ModelError
+from detox_ray.errors import ModelError, one_line
 from detox_ray.policy.adapter import Adapter, load_adapter
 from detox_ray.policy.adapter_weights import check_fits, read_weights, tensors_of, write_weights
 from detox_ray.policy.architecture import (
@@ -196,7 +196,7 @@ def attach_adapter(base: PreTrainedModel, config: PolicyConfig) -> PeftModel:
     try:
         model = get_peft_model(base, lora)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ModelError(f"policy.lora.targets={config.lora.targets}: {reason}") from None
     _compute_as_base(model)
     return model

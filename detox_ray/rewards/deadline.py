@@ -14,7 +14,7 @@ class DeadlineError(TimeoutError):
 
 @contextmanager
 def answer_within(seconds: float | None) -> Iterator[None]:
-    """In this context, and in this thread, nobody waits longer; none: somebody waits for ever."""
+    """Set this thread's deadline for the block; None: no deadline."""
     token = _deadline.set(None if seconds is None else time.monotonic() + seconds)
     try:
         yield

@@ -1,6 +1,5 @@
 """`kind: linear`: a function of texts that returns probabilities, or the lab's hashed linear model; on the CPU."""
 
-import importlib
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import numpy as np
 
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.errors import ConfigError, ModelError, first_line
+from detox_ray.rewards.import_path import imported
 from detox_ray.rewards.probability import ProbabilityClassifier
 
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -38,11 +38,7 @@ def _import_probability(config: ClassifierConfig) -> Callable[[list[str]], Any]:
     where = f"classifier {config.name!r}: {config.model!r}"
     if not IMPORT_PATH.fullmatch(config.model):
         raise ModelError(f"{where} is neither a folder nor an import path; write package.module:function")
-    module_name, _, attribute = config.model.partition(":")
-    try:
-        target = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{where} cannot be imported: {first_line(error)}; is its package installed?") from None
+    target = imported(config.model, f"classifier {config.name!r}")
     if hasattr(target, "predict_proba"):
         return lambda texts: np.asarray(target.predict_proba(texts))[:, 1]
     if not callable(target):

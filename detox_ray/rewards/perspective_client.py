@@ -29,6 +29,7 @@ REFUSALS = {
     TOO_LONG: r"comment text (is |was )?too (long|many bytes)",
     EMPTY: r"comment must be non-empty",
 }
+CODE_NAME = re.compile(r"[A-Z][A-Z_]{1,99}")
 
 # Probabilities by attribute, or the reason why there are none.
 Answer = dict[str, float] | str
@@ -63,7 +64,7 @@ class PerspectiveClient:
                 if response.status_code == 200:
                     return self._scores(response)
                 if response.status_code != 429 and response.status_code < 500:
-                    return self._refusal(response, text)
+                    return self._refusal(response)
                 failure = f"status {response.status_code}"
                 asked_s = _retry_after_s(response)
                 if asked_s is not None and asked_s > MAX_RETRY_AFTER_S:
@@ -106,19 +107,21 @@ class PerspectiveClient:
             )
         return scores
 
-    def _refusal(self, response: httpx.Response, text: str) -> str:
+    def _refusal(self, response: httpx.Response) -> str:
         """Why the text cannot be scored; raises RewardError where the request is refused, not the text."""
         error = _error(response)
-        message = " ".join(str(error.get("message", "")).split())
+        found = error.get("details")
+        details = [detail for detail in found if isinstance(detail, dict)] if isinstance(found, list) else []
         if response.status_code == 400:
-            details = error.get("details")
-            types = [d.get("errorType") for d in details if isinstance(d, dict)] if isinstance(details, list) else []
+            message = " ".join(str(error.get("message", "")).split())
+            types = [detail.get("errorType") for detail in details]
             for reason, pattern in REFUSALS.items():
                 if reason in types or (not any(types) and re.search(pattern, message, re.IGNORECASE)):
                     return reason
-        # A server may quote the text.
-        quoted = " ".join(text.split()) in message
-        said = f" ({self._without_key(message)[:300]})" if message and not quoted else ""
+        # The message may quote the text, or a part of it; the names of codes do not.
+        codes = [error.get("status"), *(detail.get(key) for detail in details for key in ("errorType", "reason"))]
+        named = ", ".join(code for code in codes if isinstance(code, str) and CODE_NAME.fullmatch(code))
+        said = f" ({named})" if named else ""
         key = f" and the key in {self._settings.api_key_env}" if self._key else ""
         raise RewardError(
             f"{self._where} answered status {response.status_code}{said}; check the perspective settings{key}"

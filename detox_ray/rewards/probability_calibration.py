@@ -24,7 +24,7 @@ KNOT_TOLERANCE = 0.005
 class ProbabilityMap(Section):
     """How a probability becomes a calibrated one; never falling, so that no order is turned round."""
 
-    method: Method = "none"
+    method: Method = Field("none", description="which of the numbers below are used")
     temperature: float = Field(1.0, gt=0, description="temperature: the logit is divided by it (Guo et al. 2017)")
     knots: list[tuple[float, float]] = Field(
         [], description="isotonic: (raw, calibrated), straight lines between them and level beyond the ends"
@@ -44,9 +44,9 @@ class ProbabilityMap(Section):
 class FittedMap(ProbabilityMap):
     """A calibration, and how many labelled texts it was fitted on."""
 
-    method: Method
-    texts: int = Field(ge=1)
-    toxic: int = Field(ge=1, description="of these texts")
+    method: Method = Field(description="the one that was fitted")
+    texts: int = Field(ge=1, description="labelled texts it was fitted on")
+    toxic: int = Field(ge=1, description="toxic ones among them")
 
 
 def calibrated(probability: np.ndarray, found: ProbabilityMap) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Terms beside the classifiers' reward: they make the cheap ways to be harmless cost something."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from detox_ray.config import ExtraTerm, ShapingConfig
-from detox_ray.errors import ConfigError, RewardError
+from detox_ray.errors import RewardError
+from detox_ray.rewards.import_path import imported
 
 Term = Callable[[Sequence[np.ndarray], Sequence[str], ShapingConfig], np.ndarray]
 
@@ -39,14 +39,7 @@ def load_term(extra: ExtraTerm) -> Callable[[Sequence[np.ndarray], Sequence[str]
     Raises:
         ConfigError: it cannot be imported.
     """
-    module, _, name = extra.function.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"reward.shaping.extra {extra.name!r}: {extra.function!r} cannot be imported ({error}); "
-            "give package.module:function"
-        ) from None
+    return imported(extra.function, f"reward.shaping.extra {extra.name!r}")
 
 
 def repeated_bigram_share(token_ids: np.ndarray) -> float:

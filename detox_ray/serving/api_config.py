@@ -103,8 +103,8 @@ class BatchingConfig(Section):
 class ScalingConfig(Section):
     """Replicas of a classifier; above `min` they come and go with the load."""
 
-    min: int = Field(1, ge=1)
-    max: int = Field(1, ge=1)
+    min: int = Field(1, ge=1, description="replicas that are always there")
+    max: int = Field(1, ge=1, description="replicas under the highest load")
     target_ongoing_requests: float = Field(1.0, gt=0, description="batches waiting for a replica before there are more")
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class KeysConfig(Section):
     """Who may ask; without `environment` and `file` anyone who reaches the port."""
 
     environment: str | None = Field(None, description="environment variable with the keys, separated by commas")
-    file: str | None = Field(None, description="file with one key a line; lines that begin with # are comments")
+    file: str | None = Field(None, description="file with one key per line; lines that begin with # are comments")
     requests_per_second: float | None = Field(None, gt=0, description="of each key, on average; then 429")
     burst: int = Field(20, ge=1, description="requests a key may make at once")
 
@@ -127,7 +127,7 @@ class HttpConfig(Section):
     """Where the service listens."""
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all: set keys first")
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(8000, ge=1, le=65535, description="TCP port to listen on")
     public_url: str | None = Field(
         None, pattern=r"^https?://[^\s/]+/?$", description="address clients use, when a proxy stands before the service"
     )

@@ -56,7 +56,7 @@ def guard_app(app_name: str) -> None:
 
 
 def end_spare_guard(app_name: str) -> None:
-    """End the guard of an app that was deleted, unless it is the job's last one, which stops Serve after it."""
+    """Kill the guard of a deleted app, unless it is the job's last: that one still has to stop Serve."""
     job_id = ray.get_runtime_context().get_job_id()
     guards = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
     if sum(name.startswith(f"{job_id} ") for name in guards) > 1:

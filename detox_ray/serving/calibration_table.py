@@ -16,11 +16,11 @@ from detox_ray.rewards.revision import model_name, model_revision
 class FittedModel(Section):
     """What decides which probability a classifier gives."""
 
-    model: str
-    revision: str
-    label: str | int
-    label_means: str
-    temperature: float
+    model: str = Field(description="folder, hub id or import path")
+    revision: str = Field(description="commit, version or digest")
+    label: str | int = Field(description="the label that is read")
+    label_means: str = Field(description="toxic or nontoxic")
+    temperature: float = Field(description="what its logits are divided by")
 
 
 class SourceMap(FittedMap):

@@ -75,6 +75,20 @@ def check_listening(host: str, port: int) -> None:
         )
 
 
+def check_replaces_nothing(app_name: str, route_prefix: str) -> None:
+    """Raises ConfigError if Serve has an app of this name, which ours would replace, or another one on the route."""
+    from ray.serve.context import _get_global_client
+
+    if (client := _get_global_client()) is None:
+        return
+    for name, app in client.get_serve_details()["applications"].items():
+        if name == app_name or app["route_prefix"] == route_prefix:
+            raise ConfigError(
+                f"Serve on this Ray already has the app {name!r} at {app['route_prefix']}: stop it where it was "
+                f"started or with serve.delete({name!r}), or unset RAY_ADDRESS and ray.address for a Ray of your own"
+            )
+
+
 def wait_for_proxies() -> None:
     """Until every HTTP proxy routes requests to the apps that run."""
     from ray.serve.context import _get_global_client

@@ -19,12 +19,13 @@ from detox_ray.serving.api_config import ApiConfig, load_keys
 from detox_ray.serving.api_errors import ApiError, api_of, error_response, from_validation
 from detox_ray.serving.api_metrics import ApiMetrics
 from detox_ray.serving.calibration_table import check_models, fitted_model
+from detox_ray.serving.deploy import replica_runtime_env
 from detox_ray.serving.docs_page import docs_page
 from detox_ray.serving.moderations import UNSCORED_HEADER, moderations_router
 from detox_ray.serving.perspective import perspective_router
 from detox_ray.serving.readings import check_labels
 from detox_ray.serving.request_gate import ApiKeys, RequestGate, key_digest
-from detox_ray.serving.reward_app import build_reward_app, replica_runtime_env
+from detox_ray.serving.reward_app import build_reward_app
 from detox_ray.serving.score_format import WINDOWS_HEADER, score_router
 from detox_ray.serving.text_scorer import TextScorer
 

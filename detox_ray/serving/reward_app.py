@@ -7,7 +7,6 @@ numbers, and fitting them restarts nothing (`serve.run` gives every deployment a
 import asyncio
 import logging
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +15,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
-import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
-from ray.serve.schema import ApplicationStatus
+from ray.serve.handle import DeploymentHandle
 
 from detox_ray.classifier_config import Calibration, ClassifierConfig
 from detox_ray.config import RewardConfig
@@ -29,10 +26,14 @@ from detox_ray.errors import DetoxError, RewardError
 from detox_ray.records import Readings, Score
 from detox_ray.rewards.classifiers import check_classifier, load_classifier
 from detox_ray.rewards.deadline import DeadlineError, answer_within
-from detox_ray.rewards.ensemble import (
-    aggregate,
-    calibrate,
-    calibrations,
+from detox_ray.rewards.ensemble import aggregate, calibrate, calibrations
+from detox_ray.serving.deploy import (
+    QUIET,
+    NotStartedError,
+    deploy_in_background,
+    lifecycle,
+    replica_runtime_env,
+    wait_until_running,
 )
 from detox_ray.serving.replica_errors import RESTART_POLL_S, cause_of, described, without_message
 from detox_ray.serving.texts import texts_to_read
@@ -44,18 +45,6 @@ T = TypeVar("T")
 Check = Callable[[str, Any, int], T]
 
 ENSEMBLE = "ensemble"
-# Two OpenMP threads beside another busy process are slower than one.
-REPLICA_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-QUIET = {"log_level": "WARNING", "enable_access_log": False}
-START_TIMEOUT_S = 900.0
-STATUS_POLL_S = 0.3  # an answer takes 17 ms of a core
-# What Serve quotes of Ray; the second stands there where the process lives, and cannot make the replica.
-PROCESS_LOST = re.compile(r"\b(ActorDiedError|ActorUnavailableError|NodeDiedError|WorkerCrashedError)\b")
-CREATION_FAILED = "raised in its creation task"
-
-
-class NotStartedError(RewardError):
-    """A replica does not start, and not for an error of its own: it waits for room, hangs, or its process was lost."""
 
 
 class ClassifierDeployment:
@@ -175,7 +164,7 @@ class EnsembleDeployment:
         while (left_s := deadline - time.monotonic()) > 0:
             response = getattr(self._members[name], method).remote(texts, left_s)
             try:
-                return check(name, await asyncio.wait_for(_answer(response), left_s), len(texts))
+                return check(name, await asyncio.wait_for(response, left_s), len(texts))
             except (RayTaskError, RewardError) as error:
                 cause = cause_of(error)
                 failures += 1
@@ -219,7 +208,7 @@ def build_reward_app(
         c.name: serve.deployment(
             name=f"classifier-{c.name}",
             max_ongoing_requests=1,
-            **_lifecycle(drain_s),
+            **lifecycle(drain_s),
             **({"autoscaling_config": scaling[c.name]} if c.name in scaling else {"num_replicas": c.replicas}),
             max_constructor_retry_count=2,
             ray_actor_options={
@@ -234,7 +223,7 @@ def build_reward_app(
     return serve.deployment(
         name=ENSEMBLE,
         max_ongoing_requests=100,
-        **_lifecycle(drain_s),
+        **lifecycle(drain_s),
         ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
     )(EnsembleDeployment).bind(config, members)
 
@@ -266,63 +255,6 @@ def deploy_reward_app(config: RewardConfig, app_name: str) -> DeploymentHandle:
     return handle
 
 
-def delete_reward_app(app_name: str) -> None:
-    """Stops the replicas of the app; Serve itself, and other apps on it, stay."""
-    serve.delete(app_name)
-
-
-def deploy_in_background(app: serve.Application, app_name: str, route_prefix: str | None) -> DeploymentHandle:
-    """Starts the application; its ingress' handle waits for replicas that are not ready."""
-    target = serve.RunTarget(app, name=app_name, route_prefix=route_prefix, logging_config=QUIET)
-    [handle] = serve.run_many([target], wait_for_applications_running=False)
-    return handle
-
-
-def wait_until_running(app_name: str, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Until every replica is ready.
-
-    Raises:
-        RewardError: one does not start.
-        NotStartedError: it neither starts nor fails for so long, or the process that it was to start in died.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        app = serve.status().applications.get(app_name)
-        if app is not None and app.status == ApplicationStatus.RUNNING:
-            return
-        failed = app is not None and app.status == ApplicationStatus.DEPLOY_FAILED
-        if failed or time.monotonic() > deadline:
-            waiting = {} if app is None else {n: d for n, d in app.deployments.items() if d.status != "HEALTHY"}
-            reasons = "; ".join(f"{name}: {_reason(d.message) or d.status.value}" for name, d in waiting.items())
-            found = f"the app {app_name!r} does not start: {reasons or 'no reason given by Serve'}"
-            if failed and not any(_is_process_lost(d.message) for d in waiting.values()):
-                raise RewardError(found)
-            raise NotStartedError(found if failed else f"{found} (waited {timeout_s:g} s)")
-        time.sleep(STATUS_POLL_S)
-
-
-def _lifecycle(drain_s: float) -> dict[str, Any]:
-    """Deployment options: an update starts new replicas before it stops the old ones."""
-    return {
-        "health_check_period_s": 2,
-        "health_check_timeout_s": 10,  # after three of these a replica that hangs is replaced
-        "graceful_shutdown_timeout_s": drain_s,
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "max_surge_percent": 100,
-        "logging_config": QUIET,
-    }
-
-
-def replica_runtime_env() -> dict[str, Any]:
-    """The job's runtime environment plus ours; Serve does not merge the two itself."""
-    job: Mapping[str, Any] = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
-    return {**job, "env_vars": {**job.get("env_vars", {}), **REPLICA_ENV}}
-
-
-async def _answer(response: DeploymentResponse) -> Any:
-    return await response
-
-
 def _checked(name: str, values: Sequence[float] | np.ndarray, expected: int) -> np.ndarray:
     """`values` as `[expected] float32`; raises RewardError unless there are as many and all are finite."""
     scores = np.asarray(values, dtype=np.float32)
@@ -338,14 +270,3 @@ def _checked_readings(name: str, readings: Readings, expected: int) -> Readings:
     for values in (readings.score, readings.toxicity, *readings.labels.values()):
         _checked(name, values, expected)
     return readings
-
-
-def _is_process_lost(message: str) -> bool:
-    return bool(PROCESS_LOST.search(message)) and CREATION_FAILED not in message
-
-
-def _reason(message: str) -> str:
-    """The last line of a traceback, without the name of our own error classes; of Ray's own, what it comes to."""
-    if _is_process_lost(message):
-        return "its process dies while it starts, maybe for want of memory"
-    return re.sub(r"^detox_ray\.errors\.\w+: ", "", message.strip().split("\n")[-1].strip())

@@ -8,9 +8,16 @@ from functools import partial
 from detox_ray.cluster import check_capacity, local_capacity, starts_own_ray
 from detox_ray.placement import RoleResources, check_placements, classifier_placement
 from detox_ray.serving.api_config import ApiConfig
-from detox_ray.serving.foreground import deleted_at_the_end, serve_session, wait_for_proxies, wait_until_stopped
+from detox_ray.serving.foreground import (
+    check_replaces_nothing,
+    deleted_at_the_end,
+    serve_session,
+    wait_for_proxies,
+    wait_until_stopped,
+)
 
 APP_NAME = "toxicity-api"
+ROUTE = "/"
 
 
 def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threading.Event | None = None) -> None:
@@ -19,12 +26,12 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
     `on_ready` is told the address once the service takes requests.
 
     Raises:
-        ConfigError, ModelError, DataError: as `build_http_app`; or as `serve_session`; or Ray can never have what the
-            classifiers need.
+        ConfigError, ModelError, DataError: as `build_http_app`, `serve_session` or `check_replaces_nothing`; or Ray can
+            never have what the classifiers need.
         RewardError: a classifier does not start, or not within `reward.start_timeout_s`.
     """
+    from detox_ray.serving.deploy import deploy_in_background, wait_until_running
     from detox_ray.serving.http_api import GRACE_S, build_http_app
-    from detox_ray.serving.reward_app import deploy_in_background, wait_until_running
 
     needed = service_placements(config)
     if starts_own_ray(config.ray):
@@ -32,9 +39,10 @@ def serve_api(config: ApiConfig, on_ready: Callable[[str], None], stop: threadin
     timeout_s = config.limits.body_timeout_s + config.limits.timeout_s + GRACE_S
     with serve_session(config.ray, config.http.host, config.http.port, timeout_s) as address:
         check_capacity(config.ray, partial(check_placements, needed))
+        check_replaces_nothing(APP_NAME, ROUTE)
         app = build_http_app(config)
         with deleted_at_the_end(APP_NAME):
-            deploy_in_background(app, APP_NAME, "/")
+            deploy_in_background(app, APP_NAME, ROUTE)
             wait_until_running(APP_NAME, config.reward.start_timeout_s)
             wait_for_proxies()
             on_ready(address)

@@ -19,7 +19,7 @@ from detox_ray.errors import ConfigError, RewardError
 from detox_ray.rewards.classifiers import load_classifier
 from detox_ray.rewards.ensemble import with_calibrations
 from detox_ray.serving.foreground import serve_session
-from detox_ray.serving.reward_app import ClassifierDeployment, build_reward_app, delete_reward_app, deploy_reward_app
+from detox_ray.serving.reward_app import ClassifierDeployment, build_reward_app, deploy_reward_app
 from detox_ray.serving.reward_client import RewardClient, fit_calibrations
 from detox_ray.serving.texts import texts_to_read
 
@@ -52,7 +52,7 @@ def reward_app(config: RewardConfig, local_ray: Path) -> Iterator[RewardConfig]:
     """The app, and its configuration with the fitted calibration."""
     deploy_reward_app(config, APP)
     yield with_calibrations(config, fit_calibrations(config, APP, TEXTS))
-    delete_reward_app(APP)
+    serve.delete(APP)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def deploy(local_ray: Path) -> Iterator[Callable[[RewardConfig], RewardClient]]:
         return RewardClient("one-test", config)
 
     yield deploy
-    delete_reward_app("one-test")
+    serve.delete("one-test")
 
 
 def replica_pids(app: str, deployment: str) -> set[int]:

@@ -88,8 +88,9 @@ def build_playground(setup: PageSetup, engine_setup: Any, scorers: RewardConfig)
     Raises:
         ConfigError, ModelError: a classifier cannot be loaded, as far as can be told before.
     """
+    from detox_ray.serving.deploy import replica_runtime_env
     from detox_ray.serving.playground.engine import EngineDeployment
-    from detox_ray.serving.reward_app import build_reward_app, replica_runtime_env
+    from detox_ray.serving.reward_app import build_reward_app
 
     options: dict[str, Any] = {
         "health_check_period_s": 2,

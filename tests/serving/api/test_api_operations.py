@@ -20,7 +20,6 @@ from ray import serve
 
 from detox_ray.config import RayConfig, RewardConfig
 from detox_ray.errors import ConfigError, RewardError
-from detox_ray.serving import reward_app
 from detox_ray.serving.api_config import ApiConfig
 from detox_ray.serving.foreground import deleted_at_the_end, serve_session
 from detox_ray.serving.http_api import build_http_app
@@ -261,14 +260,14 @@ def test_a_serve_that_already_listens_is_used_where_it_listens(address: str) -> 
 def test_an_app_that_is_interrupted_before_it_is_ready_is_deleted(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served, deploy = [], reward_app.deploy_in_background
+    served = []
 
     def interrupted(address: str) -> None:
         served.append(set(serve.status().applications))
         raise KeyboardInterrupt
 
     # The root belongs to another app of these tests.
-    monkeypatch.setattr(reward_app, "deploy_in_background", lambda app, name, _: deploy(app, name, "/elsewhere"))
+    monkeypatch.setattr("detox_ray.serving.serve_api.ROUTE", "/elsewhere")
     port = int(address.rpartition(":")[2])
     reward = RewardConfig(classifiers=[linear("rude_words", "faulty:rude_words")])
     config = ApiConfig.model_validate({"reward": reward, "http": {"port": port}})

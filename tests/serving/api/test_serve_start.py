@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from ray import serve
 
@@ -13,6 +14,7 @@ from detox_ray.config import RewardConfig
 from detox_ray.errors import ConfigError, RewardError
 from detox_ray.serving import http_api, reward_app
 from detox_ray.serving.api_config import ApiConfig
+from detox_ray.serving.http_api import build_http_app
 from detox_ray.serving.serve_api import APP_NAME, serve_api, service_placements
 
 from .conftest import linear
@@ -54,14 +56,36 @@ def test_of_a_scaled_classifier_the_fewest_replicas_must_fit() -> None:
 
 def test_a_classifier_that_does_not_start_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The root belongs to another app of these tests, and this classifier is refused before it is deployed.
-    deploy = reward_app.deploy_in_background
-    monkeypatch.setattr(reward_app, "deploy_in_background", lambda app, name, _: deploy(app, name, "/elsewhere"))
+    monkeypatch.setattr("detox_ray.serving.serve_api.ROUTE", "/elsewhere")
     monkeypatch.setattr(reward_app, "check_classifier", lambda _: None)
     monkeypatch.setattr(http_api, "fitted_model", lambda _: SimpleNamespace(model="", revision=""))
     with pytest.raises(RewardError, match=r"classifier 'words': .* cannot be imported") as error:
         serve_api(of_service(address, model="faulty:no_such_function"), on_ready=print)
     assert "\n" not in str(error.value)
     assert APP_NAME not in serve.status().applications
+
+
+def test_a_service_that_runs_is_neither_replaced_nor_deleted(address: str) -> None:
+    config = of_service(address)
+    serve.run(build_http_app(config), name=APP_NAME, route_prefix="/theirs")
+    try:
+        with pytest.raises(ConfigError, match="already has the app 'toxicity-api' at /theirs: stop it"):
+            serve_api(config, on_ready=print)
+        assert httpx.post(f"{address}/theirs/v1/score", json={"text": "a"}, timeout=60).status_code == 200
+    finally:
+        serve.delete(APP_NAME)
+
+
+def test_a_route_that_another_app_has_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detox_ray.serving.serve_api.ROUTE", "/theirs")
+    config = of_service(address)
+    serve.run(build_http_app(config), name="theirs", route_prefix="/theirs")
+    try:
+        with pytest.raises(ConfigError, match="already has the app 'theirs' at /theirs: stop it"):
+            serve_api(config, on_ready=print)
+        assert "theirs" in serve.status().applications
+    finally:
+        serve.delete("theirs")
 
 
 def test_a_cluster_that_is_not_there_is_one_line() -> None:
