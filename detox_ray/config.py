@@ -386,7 +386,7 @@ class Config(RunSettings):
             group = self.ppo.batch_size // self.rollout.samples_per_prompt
             if group % self.train.workers:
                 raise ValueError(
-                    f"{group} prompts a step do not divide among train.workers={self.train.workers}, and "
+                    f"{group} prompts per step do not divide among train.workers={self.train.workers}, and "
                     f"ppo.estimator={self.ppo.estimator} needs a prompt's responses on one learner"
                 )
         sharers = [self.rollout.workers * self.rollout.num_gpus, self.train.workers * self.train.num_gpus]

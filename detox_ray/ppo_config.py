@@ -12,7 +12,7 @@ class KLConfig(Section):
 
     coefficient: float = Field(0.05, ge=0, description="beta; with adaptive, where it starts")
     adaptive: bool = Field(False, description="move beta to hold the KL of a response at target (Ziegler et al. 2019)")
-    target: float = Field(6.0, gt=0, description="nats a response, when adaptive")
+    target: float = Field(6.0, gt=0, description="nats per response, when adaptive")
     horizon: int = Field(10_000, ge=1, description="responses over which beta adapts, when adaptive")
 
 
@@ -49,7 +49,7 @@ class DivergenceConfig(Section):
 class PPOConfig(OptimizerConfig):
     """Proximal policy optimisation (Schulman et al. 2017)."""
 
-    batch_size: int = Field(128, ge=2, description="responses a step, over all learner workers")
+    batch_size: int = Field(128, ge=2, description="responses per step, over all learner workers")
     epochs: int = Field(2, ge=1, description="passes over a batch")
     minibatches: int = Field(2, ge=1, description="optimiser steps a pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an optimiser step is summed over")

@@ -56,7 +56,7 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
         quiet: print nothing.
 
     Returns:
-        The content of `fine_tuning.json`: dev loss before and of the adapter that was kept (nats a response token), the
+        The content of `fine_tuning.json`: dev loss before and of the adapter that was kept (nats per response token), the
         steps behind it, all steps, and whether it stopped early.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: stages, one line a step, progress bars."""
+"""What a run shows while it runs: stages, one line per step, progress bars."""
 
 import logging
 import os

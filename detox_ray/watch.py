@@ -39,11 +39,11 @@ STAGES = {
 }
 CURVES = (
     ("reward", "reward", "{:+.3f}"),
-    ("KL", "kl", "{:.2f} nats a response"),
+    ("KL", "kl", "{:.2f} nats per response"),
     ("toxicity", "toxicity", "{:.3f} by the judge, of training responses"),
     ("length", "response_length", "{:.1f} tokens"),
-    ("loss", "loss", "{:.3f} nats a token"),
-    ("dev loss", "dev_loss", "{:.3f} nats a token"),
+    ("loss", "loss", "{:.3f} nats per token"),
+    ("dev loss", "dev_loss", "{:.3f} nats per token"),
 )
 
 

@@ -156,7 +156,7 @@ def _score_parts(job: _Job, workers: int | None, config: RayConfig, terminal: Te
     """Score the parts that are not there yet, and show how far it is; begin again when a worker dies.
 
     Returns:
-        Rows a second, since the last beginning.
+        Rows per second, since the last beginning.
     """
     logs = job.folder.path / ".ray-logs"
     with ray_session(config, partial(_check_room, workers or 1, job.gpus), logs):
@@ -188,7 +188,7 @@ def _run_dataset(job: _Job, workers: int, progress: Callable[[float], None]) -> 
     """Read and score on Ray Data until every part is there; raises what Ray raises.
 
     Returns:
-        Rows a second, from the start of the first part to the end of the last.
+        Rows per second, from the start of the first part to the end of the last.
     """
     import ray
     from ray.data import DataContext, ExecutionResources

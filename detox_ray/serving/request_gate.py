@@ -63,7 +63,7 @@ class ApiKeys:
         tokens = min(float(self._config.burst), tokens + (now - since) * rate)
         if tokens < 1:
             self._allowance[digest] = (tokens, now)
-            message = f"this key may make {rate:g} requests a second; try again later"
+            message = f"this key may make {rate:g} requests per second; try again later"
             raise ApiError(429, "rate_limited", message, limit=rate, retry_after_s=(1 - tokens) / rate)
         self._allowance[digest] = (tokens - 1, now)
 
