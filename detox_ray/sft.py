@@ -56,8 +56,8 @@ def fine_tune(config: SFTConfig, quiet: bool = False) -> dict[str, Any]:
         quiet: print nothing.
 
     Returns:
-        The content of `fine_tuning.json`: dev loss before and of the adapter that was kept (nats per response token), the
-        steps behind it, all steps, and whether it stopped early.
+        The content of `fine_tuning.json`: dev loss before and of the adapter that was kept (nats per response token),
+        the steps behind it, all steps, and whether it stopped early.
 
     Raises:
         ConfigError, DataError, ModelError: something does not fit; nothing expensive has started.
