@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def fields_of(section: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def test_every_key_is_described() -> None:
+    import_module("detox_ray.serving.playground.request")  # the only kind that nothing here has imported
     assert {name for name, field in fields_of(Section) if not field.description} == set()
 
 

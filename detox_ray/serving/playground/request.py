@@ -21,7 +21,7 @@ class AnswerRequest(Section):
     temperature: float = Field(ge=0, le=2, description="0: the likeliest token, always")
     top_p: float = Field(gt=0, le=1, description="nucleus")
     max_new_tokens: int = Field(ge=1, le=LONGEST_ANSWER_TOKENS, description="longest answer")
-    seed: int = Field(ge=0, le=LARGEST_SEED)
+    seed: int = Field(ge=0, le=LARGEST_SEED, description="of the random numbers that all models share")
 
     @field_validator("prompt")
     @classmethod

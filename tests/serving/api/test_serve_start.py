@@ -65,7 +65,8 @@ def test_a_classifier_that_does_not_start_is_one_line(address: str, monkeypatch:
     assert APP_NAME not in serve.status().applications
 
 
-def test_a_service_that_runs_is_neither_replaced_nor_deleted(address: str) -> None:
+def test_a_service_that_runs_is_neither_replaced_nor_deleted(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detox_ray.serving.serve_api.ROUTE", "/elsewhere")
     config = of_service(address)
     serve.run(build_http_app(config), name=APP_NAME, route_prefix="/theirs")
     try:
