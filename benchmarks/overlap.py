@@ -2,15 +2,16 @@
 
     python benchmarks/overlap.py [--model FOLDER] [--data FILE] [--steps N] [--rounds N] [--set KEY=VALUE ...]
 
-Real `detox-ray train` runs in turn, at staleness 0 and 1, with one rollout worker and a learner of one thread each: two
-cores of their own. At staleness 0 the halves of a step are timed one after the other: sampling (`time_rollout_s` +
+Real `detox-ray train` runs in turn, at staleness 0 and 1, with one rollout worker and a learner of one thread each. The
+learner has a core of its own, and all other processes share the next one; with `--shared-cores` they run where the
+system puts them. At staleness 0 the halves of a step are timed one after the other: sampling (`time_rollout_s` +
 `time_reward_s`) and learning (`time_learn_s`). At staleness 1 they should take as long as the longer one, so the
 ratio is
 
     step at staleness 1 / max(sampling, learning at staleness 0), medians over steps, start-up and warm-up left out
 
-which also has to carry the classifiers, Ray and the push of the adapter. Cores of their own are not quite that: how
-much longer a matrix product takes on one core while another is busy with the same is measured beside it.
+which also has to carry the classifiers, Ray and the push of the adapter. Two cores are not quite independent: how much
+longer a matrix product takes on one while the other is busy with the same is measured beside it.
 `--set rollout.max_num_seqs=16` makes sampling slower, for halves that are more alike.
 """
 
@@ -20,9 +21,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from machine import describe, machine, spread, write_json
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +52,9 @@ SETTINGS = (
     "evaluation.prompts=8",
     "evaluation.samples_per_prompt=1",
     "evaluation.every=0",
+    "ray.num_cpus=2",
 )
+LEARNER = "ray::RayTrainWorker"  # Ray's name of its process
 # How often a second, over a few seconds.
 MATRIX_PRODUCTS = """
 import numpy, time
@@ -66,6 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="measured steps a run (12)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them that are left out (3)")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turn (2)")
+    parser.add_argument("--shared-cores", action="store_true", help="leave the cores to the system")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/overlap.json"), help="the JSON file")
     options = parser.parse_args()
@@ -85,6 +93,7 @@ def main() -> None:
     result = {
         "machine": facts,
         "settings": options.set,
+        "shared_cores": options.shared_cores,
         "ratio": spread([r["ratio"] for r in rounds]),
         "rounds": rounds,
         "slower_beside_another": neighbour,
@@ -104,15 +113,39 @@ def _seconds(options: argparse.Namespace, folder: Path, staleness: int) -> dict[
     settings += [f"train.total_steps={options.warmup + options.steps}"]
     settings += [f"policy.model={Path(options.model).resolve()}"] if options.model else []
     settings += [f"data.source={Path(options.data).resolve()}"] if options.data else []
-    call(
-        [str(Path(sys.executable).with_name("detox-ray")), "train", str(CONFIG), *settings, *options.set],
-        folder / "log",
-        {},
-    )
+    command = [str(Path(sys.executable).with_name("detox-ray")), "train", str(CONFIG), *settings, *options.set]
+    if options.shared_cores:
+        call(command, folder / "log", {})
+    else:
+        learners, others, *_ = sorted(os.sched_getaffinity(0))
+        with _learner_on(learners):
+            call(["taskset", "--cpu-list", str(others), *command], folder / "log", {})
     # The last steps have no batch ahead of them to sample.
     lines = read_metrics(folder / "benchmark" / "metrics.jsonl")[options.warmup : -1]
     parts = ("step", "rollout", "reward", "learn", "push")
     return {part: statistics.median(line[f"time_{part}_s"] for line in lines) for part in parts}
+
+
+@contextmanager
+def _learner_on(core: int) -> Iterator[None]:
+    """Keep all threads of the learner that this process starts in the block on the core."""
+    over = threading.Event()
+
+    def move() -> None:
+        while not over.wait(1):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    if LEARNER in " ".join(process.cmdline()):
+                        for thread in process.threads():
+                            os.sched_setaffinity(thread.id, {core})
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        yield
+    finally:
+        over.set()
+        mover.join()
 
 
 def _slower_beside_another() -> float:
