@@ -3,7 +3,7 @@
     python benchmarks/overlap.py [--model FOLDER] [--data FILE] [--steps N] [--rounds N] [--set KEY=VALUE ...]
 
 Real `detox-ray train` runs in turn, at staleness 0 and 1, with one rollout worker and a learner of one thread each. The
-learner has a core of its own, and all other processes share the next one; with `--shared-cores` they run where the
+learner has a core of its own, and all other processes share another one; with `--shared-cores` they run where the
 system puts them. At staleness 0 the halves of a step are timed one after the other: sampling (`time_rollout_s` +
 `time_reward_s`) and learning (`time_learn_s`). At staleness 1 they should take as long as the longer one, so the
 ratio is
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ SETTINGS = (
     "evaluation.prompts=8",
     "evaluation.samples_per_prompt=1",
     "evaluation.every=0",
-    "ray.num_cpus=2",
 )
-LEARNER = "ray::RayTrainWorker"  # Ray's name of its process
+LEARNER = "ray::RayTrainWorker"  # the title that Ray gives its process
+PLACE_EVERY_S = 2.0
 # How often a second, over a few seconds.
 MATRIX_PRODUCTS = """
 import numpy, time
@@ -114,12 +114,8 @@ def _seconds(options: argparse.Namespace, folder: Path, staleness: int) -> dict[
     settings += [f"policy.model={Path(options.model).resolve()}"] if options.model else []
     settings += [f"data.source={Path(options.data).resolve()}"] if options.data else []
     command = [str(Path(sys.executable).with_name("detox-ray")), "train", str(CONFIG), *settings, *options.set]
-    if options.shared_cores:
+    with nullcontext() if options.shared_cores else _learner_apart():
         call(command, folder / "log", {})
-    else:
-        learners, others, *_ = sorted(os.sched_getaffinity(0))
-        with _learner_on(learners):
-            call(["taskset", "--cpu-list", str(others), *command], folder / "log", {})
     # The last steps have no batch ahead of them to sample.
     lines = read_metrics(folder / "benchmark" / "metrics.jsonl")[options.warmup : -1]
     parts = ("step", "rollout", "reward", "learn", "push")
@@ -127,25 +123,33 @@ def _seconds(options: argparse.Namespace, folder: Path, staleness: int) -> dict[
 
 
 @contextmanager
-def _learner_on(core: int) -> Iterator[None]:
-    """Keep all threads of the learner that this process starts in the block on the core."""
+def _learner_apart() -> Iterator[None]:
+    """As soon as there is a learner, keep all its threads on one core, and those of all other processes on the next."""
+    learners, others, *_ = sorted(os.sched_getaffinity(0))
     over = threading.Event()
 
-    def move() -> None:
-        while not over.wait(1):
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                    if LEARNER in " ".join(process.cmdline()):
+    def place() -> None:
+        while not over.wait(PLACE_EVERY_S):
+            titles = {process: _title(process) for process in psutil.Process().children(recursive=True)}
+            if LEARNER in titles.values():
+                for process, title in titles.items():
+                    with suppress(psutil.NoSuchProcess, ProcessLookupError):
                         for thread in process.threads():
-                            os.sched_setaffinity(thread.id, {core})
+                            os.sched_setaffinity(thread.id, {learners if title == LEARNER else others})
 
-    mover = threading.Thread(target=move)
-    mover.start()
+    placing = threading.Thread(target=place)
+    placing.start()
     try:
         yield
     finally:
         over.set()
-        mover.join()
+        placing.join()
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline()).strip()
+    return ""
 
 
 def _slower_beside_another() -> float:
