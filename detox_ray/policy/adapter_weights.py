@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -18,14 +19,20 @@ from detox_ray.policy.adapter import Adapter, content_digest
 
 def read_weights(model: PeftModel, version: int) -> Adapter:
     """The active adapter of a PEFT model, copied to the CPU."""
-    state = get_peft_model_state_dict(model)
     config = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in model.peft_config[model.active_adapter].to_dict().items()
     }
     config["inference_mode"] = True
     config = json.loads(json.dumps(config, default=str))
-    return adapter_of(config, state, version)
+    return adapter_of(config, _weights(model), version)
+
+
+def _weights(model: PeftModel) -> dict[str, Tensor]:
+    # What PEFT takes by itself; but it would ask the hub, each time, whether the embeddings were resized.
+    targets = model.peft_config[model.active_adapter].target_modules or ()
+    targeted = any(name in targets for name in EMBEDDING_LAYER_NAMES)
+    return get_peft_model_state_dict(model, save_embedding_layers=targeted)
 
 
 def adapter_of(peft_config: dict[str, Any], tensors: Mapping[str, Tensor], version: int = 0) -> Adapter:
@@ -52,8 +59,7 @@ def check_fits(model: PeftModel, adapter: Adapter) -> None:
                 f"adapter has {key}={adapter.peft_config.get(key)!r} and policy.lora makes {key}={own.get(key)!r}; "
                 "set policy.lora to what the adapter was trained with"
             )
-    state = get_peft_model_state_dict(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in _weights(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
     if expected != found:
         name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))

@@ -45,6 +45,13 @@ def test_logprobs_equal_those_of_transformers_on_the_dequantised_base(
     assert np.allclose(policy.canary(150).logprobs, canary_of(tuned, 150).logprobs, atol=1e-4)
 
 
+def test_an_adapter_is_read_and_loaded_without_asking_the_hub(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(tiny_model)
+    policy.model.peft_config["default"].base_model_name_or_path = "owner/name"
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked"))
+    policy.load(policy.adapter())
+
+
 def test_nf4_is_not_the_original(tiny_model: str) -> None:
     difference = policy_of(tiny_model, "nf4")(batch()).logprobs - policy_of(tiny_model)(batch()).logprobs
     assert difference.abs().max() > 1e-2
