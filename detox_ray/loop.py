@@ -59,30 +59,31 @@ def train(config: Config, quiet: bool = False) -> dict[str, Any]:
 
 def run(plan: Plan, terminal: Terminal) -> dict[str, Any]:
     """Run a checked plan; if it is already complete, return its stored evaluation."""
-    if (finished := plan.run.read_evaluation(plan.config.train.total_steps)) is not None and is_whole(plan.run.adapter):
+    config = plan.config
+    if (finished := plan.run.read_evaluation(config.train.total_steps)) is not None and is_whole(plan.run.adapter):
         terminal.stage(f"{plan.run.path} is complete; remove it to run again")
         terminal.console.print(evaluation_table(finished))
         return finished
-    needed = placements(plan.config)
-    placed = [learner_placement(plan.config.train), rollout_placement(plan.config.rollout)]
-    with ray_session(plan.config.ray, partial(check_placements, needed), plan.run.ray_logs) as ray_stays:
+    needed = placements(config)
+    placed = [learner_placement(config.train), rollout_placement(config.rollout)]
+    with ray_session(config.ray, partial(check_placements, needed), plan.run.ray_logs) as ray_stays:
         announce_shortage(needed, terminal)
-        parts = plan.config.policy, plan.config.rollout, plan.run, plan.learner_device
-        plan = replace(plan, engine=with_dequantized_base(plan.engine, *parts))
+        engine = with_dequantized_base(plan.engine, config.policy, config.rollout, plan.run, plan.learner_device)
+        plan = replace(plan, engine=engine)
         terminal.stage("starting rollout workers and reward classifiers")
         with (
             reserve(placed, terminal.stage) as reservation,
-            rollout_workers(plan.engine, plan.config.rollout, reservation) as workers,
+            rollout_workers(plan.engine, config.rollout, reservation) as workers,
             reward_app(plan, guarded=ray_stays),
         ):
             pool = worker_pool(plan, workers)
-            meter = meter_of_run(plan.run, plan.config)
+            meter = meter_of_run(plan.run, config)
             *before, after = meter.systems
             heldout = plan.prompts.heldout[: meter.prompts]
             answers = [answer(pool, plan.engine, system, heldout, meter, plan.run, terminal) for system in before]
             stream = rollout_stream(plan, pool, calibrated_reward(pool, plan))
-            terminal.stage(f"training for {plan.config.train.total_steps} steps")
-            with terminal.follow_steps(plan.run.metrics_file, plan.config.train.total_steps):
+            terminal.stage(f"training for {config.train.total_steps} steps")
+            with terminal.follow_steps(plan.run.metrics_file, config.train.total_steps):
                 fit(plan, stream, reservation)
             keep_worker_tasks(plan.run, plan.app_name)
             terminal.stage("verifying the saved adapter on the workers")
