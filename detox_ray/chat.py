@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from detox_ray.config import Config, RolloutConfig
-from detox_ray.data.lab import with_lab
 from detox_ray.data.templates import DialogueTemplate
 from detox_ray.errors import ConfigError
 from detox_ray.policy.load import end_token_ids, load_model_config, load_tokenizer
@@ -20,7 +19,7 @@ from detox_ray.policy.systems import Systems
 from detox_ray.run_adapters import named_adapters
 from detox_ray.run_folder import RunFolder
 from detox_ray.sft_config import SFTConfig, parse_run_config
-from detox_ray.terminal import Terminal
+from detox_ray.terminal import Terminal, with_lab
 
 REDRAWS_PER_S = 8
 TUNED_ROLLOUT = RolloutConfig(max_new_tokens=128)  # a fine-tuning's configuration says nothing of sampling

@@ -15,7 +15,6 @@ from peft import PeftModel
 
 from detox_ray.cluster import announce_shortage, local_capacity, ray_session, starts_own_ray
 from detox_ray.config import PolicyConfig, RolloutConfig
-from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError
@@ -43,7 +42,7 @@ from detox_ray.rollout.pool import WorkerPool
 from detox_ray.rollout.stream import sampling_of
 from detox_ray.rollout.worker import start_workers, stop_workers
 from detox_ray.run_folder import RunFolder
-from detox_ray.terminal import Terminal
+from detox_ray.terminal import Terminal, with_lab
 
 CHUNK_RESPONSES = 256  # sampled between two moves of the progress bar, and lost at most by a kill
 

@@ -9,7 +9,6 @@ import torch
 
 from detox_ray.cluster import check_cluster_answers, local_capacity, starts_own_ray
 from detox_ray.config import Config, PolicyConfig, RolloutConfig
-from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import is_known, learned_by, write_learned
 from detox_ray.data.prompts import PromptSplit, load_prompts
 from detox_ray.errors import ConfigError
@@ -27,7 +26,7 @@ from detox_ray.rewards.classifiers import check_classifier
 from detox_ray.rewards.shaping import load_term
 from detox_ray.rollout.engine import EngineSpec, choose_engine
 from detox_ray.run_folder import RunFolder, check_usable
-from detox_ray.terminal import Terminal
+from detox_ray.terminal import Terminal, with_lab
 from detox_ray.tracking.tracker import check_tracking
 
 

@@ -13,7 +13,6 @@ import httpx
 from detox_ray.classifier_config import ClassifierConfig
 from detox_ray.config import Config, RewardConfig
 from detox_ray.config_file import parse_section
-from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by
 from detox_ray.data.prompts import load_all_prompts, load_prompts
 from detox_ray.errors import ConfigError, DetoxError
@@ -37,7 +36,7 @@ from detox_ray.serving.playground.prompts import OfferedPrompt
 from detox_ray.serving.playground.request import LONGEST_ANSWER_TOKENS
 from detox_ray.serving.playground.setup import Missing, PageSetup
 from detox_ray.sft_config import parse_run_config
-from detox_ray.terminal import Terminal
+from detox_ray.terminal import Terminal, with_lab
 
 APP_NAME = "playground"
 ROUTE = "/"

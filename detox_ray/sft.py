@@ -10,7 +10,6 @@ from typing import Any
 
 from detox_ray.cluster import announce_shortage, local_capacity, ray_session, starts_own_ray
 from detox_ray.data.example_split import ExampleSplit, dev_prompts, load_examples
-from detox_ray.data.lab import with_lab
 from detox_ray.data.learned import learned_by, write_learned
 from detox_ray.errors import ConfigError, ModelError
 from detox_ray.learner.sft import steps_per_epoch
@@ -25,7 +24,7 @@ from detox_ray.reservation import Reservation, reserve
 from detox_ray.run_copy import mirrored_to_storage
 from detox_ray.run_folder import RunFolder, check_usable
 from detox_ray.sft_config import SFTConfig
-from detox_ray.terminal import Terminal, tuning_line
+from detox_ray.terminal import Terminal, tuning_line, with_lab
 from detox_ray.tracking.tracker import check_tracking
 from detox_ray.trainer import run_learners
 

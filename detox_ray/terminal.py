@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from detox_ray.config_section import S
+from detox_ray.data.lab import lab_folder, resolve_lab, uses_lab
 from detox_ray.metrics_file import FollowedFile, metrics_line
 
 POLL_S = 0.5
@@ -116,3 +118,11 @@ def tuning_line(line: dict[str, Any], total_steps: int) -> str:
         parts.append(f"[bold]dev loss {line['dev_loss']:.3f}[/bold]")
     parts.append(f"{line['tokens_per_s']:5.0f} tokens/s")
     return "      " + "  ".join(parts)
+
+
+def with_lab(config: S, terminal: Terminal) -> S:
+    """The configuration with the lab's paths; the lab is built under a progress bar when it is needed and absent."""
+    if not uses_lab(config) or lab_folder().is_dir():
+        return resolve_lab(config)
+    with terminal.bar("building the offline lab", total=1) as progress:
+        return resolve_lab(config, lambda _, share: progress(share))

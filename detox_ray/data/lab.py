@@ -23,7 +23,6 @@ from typing import Any, Literal, get_args
 from detox_ray.config_section import LAB_PREFIX, S, Section, cache_folder
 from detox_ray.errors import ConfigError, DataError
 from detox_ray.folder_lock import locked
-from detox_ray.terminal import Terminal
 
 # To be raised with every change of what the lab contains, so that no stale one is used.
 LAB_VERSION = 2
@@ -132,14 +131,6 @@ def resolve_lab(config: S, progress: Progress | None = None) -> S:
         _check_part(value.removeprefix(LAB_PREFIX), f"{key} = {value!r}")
     lab = build_lab(progress=progress)
     return type(config).model_validate(_replace_lab_values(tree, lab))
-
-
-def with_lab(config: S, terminal: Terminal) -> S:
-    """The configuration with the lab's paths; the lab is built under a progress bar when it is needed and absent."""
-    if not uses_lab(config) or lab_folder().is_dir():
-        return resolve_lab(config)
-    with terminal.bar("building the offline lab", total=1) as progress:
-        return resolve_lab(config, lambda _, share: progress(share))
 
 
 def _lab_values(tree: Any, key: str = "") -> dict[str, str]:
